@@ -1,0 +1,52 @@
+"""compresskit: transformer compression by weight decomposition.
+
+import compresskit
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("bert-base-uncased")
+report = compresskit.compress(model, "kronecker", ratio=19)
+model.save_pretrained("small")  # opens again with AutoModel.from_pretrained after `import compresskit`
+"""
+
+import compresskit.decompositions  # registers them
+from compresskit.api import apply, compress, plan
+from compresskit.core.decomposition import Analysis, Decomposition, Fitted
+from compresskit.core.modules import FactorizedEmbedding, FactorizedLinear
+from compresskit.core.registry import decomposition, decompositions, register
+from compresskit.core.structure import Structure, TensorSpec
+from compresskit.decompositions.kronecker import Kronecker
+from compresskit.decompositions.svd import SVD
+from compresskit.errors import CompresskitError
+from compresskit.surgery.apply import Report
+from compresskit.surgery.layout import dequantize_, install_, layout_of
+from compresskit.surgery.plan import Plan, plan_from_json
+from compresskit.surgery.sites import find_sites
+from compresskit.version import __version__
+
+__all__ = [
+    "SVD",
+    "Analysis",
+    "CompresskitError",
+    "Decomposition",
+    "FactorizedEmbedding",
+    "FactorizedLinear",
+    "Fitted",
+    "Kronecker",
+    "Plan",
+    "Report",
+    "Structure",
+    "TensorSpec",
+    "__version__",
+    "apply",
+    "compress",
+    "compresskit",
+    "decomposition",
+    "decompositions",
+    "dequantize_",
+    "find_sites",
+    "install_",
+    "layout_of",
+    "plan",
+    "plan_from_json",
+    "register",
+]

@@ -1,0 +1,207 @@
+"""Decomposition: how a weight becomes factors. One file below `decompositions/` per decomposition.
+
+weight -> analyse -> Analysis -> squared_errors -> (a structure is chosen) -> factors -> Fitted -> module
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor, nn
+
+from compresskit.core.modules import FactorizedEmbedding, FactorizedLinear
+from compresskit.core.structure import Structure
+from compresskit.errors import BudgetError, StructureError, WeightError
+
+
+class Analysis(ABC):
+    """What a decomposition knows of one weight: prices every structure and then fits the chosen one.
+
+    Expensive parts (a spectrum, a Gram matrix) are computed once and kept, so pricing and fitting share them.
+    """
+
+    @abstractmethod
+    def squared_errors(self, structures: Sequence[Structure]) -> list[float]:
+        """Expected `||W - dense||_F^2` of each structure; never less, beyond rounding, than what `factors` reaches."""
+
+    @abstractmethod
+    def factors(self, structure: Structure) -> dict[str, Tensor]:
+        """Best factors found for this structure, in the dtype of the analysed weight."""
+
+
+@dataclass(frozen=True)
+class Decomposition(ABC):
+    """A way to factorise a weight, with its options as fields; subclasses are frozen dataclasses without state."""
+
+    name: ClassVar[str]
+    """What a user types."""
+    summary: ClassVar[str]
+    """One line: the formula."""
+    source: ClassVar[str]
+    """Paper, and where our choice departs from it."""
+    structures: ClassVar[tuple[type[Structure], ...]]
+    """The structure classes that it fits; they are registered with it, so that checkpoints load."""
+
+    @abstractmethod
+    def menu(self, rows: int, cols: int, *, lookup: bool = False) -> Iterable[Structure]:
+        """Structures worth pricing for a weight of this shape, given the options; no linear algebra here.
+
+        Args:
+            lookup: rows are taken one at a time (an embedding): only structures with a cheap `take_rows`.
+        """
+
+    @abstractmethod
+    def analyse(self, weight: Tensor) -> Analysis:
+        """Analysis of a finite float32 or float64 weight (rows, cols). It may keep a reference, and never writes."""
+
+    @final
+    def fit(self, weight: Tensor, *, ratio: float | None = None, structure: Structure | None = None) -> "Fitted":
+        """Factors of `weight`, of the given structure or of the best one at least `ratio` times smaller.
+
+        Args:
+            weight: (rows, cols), any floating dtype; half precision is widened to float32 for the fit.
+            ratio: parameters of the weight / parameters of the factors, at least 1.
+            structure: exactly this one; give either `ratio` or `structure`.
+
+        Raises:
+            WeightError: not a real floating-point matrix, or it holds NaN or infinity.
+            BudgetError: no structure of the menu is that small.
+            StructureError: neither or both given, or the structure has another shape.
+        """
+        matrix = as_matrix(weight)
+        if (ratio is None) == (structure is None):
+            raise StructureError("fit takes either ratio= or structure=")
+        analysis = self.analyse(matrix)
+        if structure is None:
+            assert ratio is not None
+            structure = self._choose(analysis, *matrix.shape, ratio=ratio)
+        return self.fit_analysed(matrix, analysis, structure).to(weight.dtype)
+
+    @final
+    def fit_analysed(self, weight: Tensor, analysis: Analysis, structure: Structure) -> "Fitted":
+        """`fit` of a widened weight whose analysis is at hand; measures the error itself."""
+        if (structure.rows, structure.cols) != tuple(weight.shape):
+            raise StructureError(
+                f"{structure} is for a weight of {structure.rows} x {structure.cols}, this one is "
+                f"{weight.shape[0]} x {weight.shape[1]}"
+            )
+        if not isinstance(structure, self.structures):
+            raise StructureError(f"{self.name} does not fit structures of kind {structure.kind!r}")
+        factors = {name: tensor.contiguous() for name, tensor in analysis.factors(structure).items()}
+        return Fitted(structure, factors, relative_error(weight, structure.dense(factors)))
+
+    @final
+    def _choose(self, analysis: Analysis, rows: int, cols: int, *, ratio: float) -> Structure:
+        if not (math.isfinite(ratio) and ratio >= 1):
+            raise BudgetError(f"ratio is original / compressed parameters, at least 1; got {ratio}")
+        budget = rows * cols / ratio
+        menu = list(self.menu(rows, cols))
+        if not menu:
+            raise BudgetError(f"{self} has no structure for {rows} x {cols}; other options may have")
+        fitting = [structure for structure in menu if structure.num_params <= budget]
+        if not fitting:
+            highest = rows * cols / min(structure.num_params for structure in menu)
+            raise BudgetError(
+                f"{self.name} has no structure for {rows} x {cols} with at most {budget:,.0f} parameters (ratio "
+                f"{ratio:g}); the highest ratio it reaches here is {math.floor(highest * 100) / 100:.2f}"
+            )
+        near = [structure for structure in fitting if structure.num_params >= budget / 2] or fitting
+        errors = analysis.squared_errors(near)
+        return min(zip(errors, near, strict=True), key=lambda pair: (pair[0], pair[1].macs, pair[1].num_params))[1]
+
+
+@final
+@dataclass(frozen=True)
+class Fitted:
+    """A fitted weight: sizes, tensors, and the error that was measured after the fit.
+
+    Args:
+        structure: sizes of the factorisation.
+        factors: contiguous tensors by factor name, all of one dtype.
+        relative_error: `||W - dense||_F / ||W||_F`; 0 for a zero weight.
+    """
+
+    structure: Structure
+    factors: Mapping[str, Tensor] = field(repr=False)
+    relative_error: float
+
+    def to(self, dtype: torch.dtype) -> "Fitted":
+        """The same fit with its factors in another dtype; the error stays the one measured before rounding."""
+        return Fitted(self.structure, {k: v.to(dtype) for k, v in self.factors.items()}, self.relative_error)
+
+    def to_module(self, like: nn.Module | None = None) -> nn.Module:
+        """A module that computes with copies of the factors.
+
+        Args:
+            like: the layer that it replaces (nn.Linear, nn.Embedding or transformers' Conv1D): its bias, padding row,
+                dtype, device and training mode are taken over. Without it: a FactorizedLinear without bias.
+
+        Raises:
+            StructureError: the weight of `like` has another shape.
+        """
+        if like is None:
+            return FactorizedLinear(self.structure, {name: tensor.clone() for name, tensor in self.factors.items()})
+        weight = like.weight
+        assert isinstance(weight, Tensor)
+        shape = tuple(weight.T.shape if is_conv1d(like) else weight.shape)
+        if shape != (self.structure.rows, self.structure.cols):
+            raise StructureError(
+                f"these factors are of a weight of {self.structure.rows} x {self.structure.cols}, that of the "
+                f"{type(like).__name__} to replace is {' x '.join(map(str, shape))}"
+            )
+        factors = {
+            name: nn.Parameter(tensor.to(weight.device, weight.dtype, copy=True), weight.requires_grad)
+            for name, tensor in self.factors.items()
+        }
+        return module_from(self.structure, factors, like)
+
+
+def module_from(structure: Structure, factors: Mapping[str, nn.Parameter], like: nn.Module) -> nn.Module:
+    """A factorised module with exactly these parameters in place of `like`."""
+    module: nn.Module
+    if isinstance(like, nn.Embedding):
+        idx = like.padding_idx
+        row = None if idx is None else like.weight[idx].detach().clone()
+        module = FactorizedEmbedding(structure, factors, padding_idx=idx, padding_row=row)
+    else:
+        bias = getattr(like, "bias", None)
+        assert bias is None or isinstance(bias, Tensor)
+        module = FactorizedLinear(structure, factors, bias)
+        module.stored_transposed = is_conv1d(like)
+    return module.train(like.training)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """True for transformers' Conv1D: a linear layer whose weight is stored (in, out)."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def as_matrix(weight: Tensor, name: str = "this weight") -> Tensor:
+    """`weight` detached, as a float32 or float64 matrix without NaN or infinity.
+
+    Raises:
+        WeightError: it is not a real floating-point matrix, is empty, or holds NaN or infinity.
+    """
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise WeightError(f"{name} has shape {tuple(weight.shape)}; a matrix (rows, cols) is needed")
+    if not weight.is_floating_point():
+        raise WeightError(f"{name} is of {weight.dtype}; only real floating-point weights can be factorised")
+    matrix = weight.detach()
+    if matrix.dtype not in (torch.float32, torch.float64):
+        matrix = matrix.float()
+    if not torch.isfinite(matrix.sum(dtype=torch.float64)) and not torch.isfinite(matrix).all():
+        nan, inf = int(matrix.isnan().sum()), int(matrix.isinf().sum())
+        raise WeightError(f"{name} holds {nan} NaN and {inf} infinite values; mend the checkpoint first")
+    return matrix
+
+
+def relative_error(weight: Tensor, approximation: Tensor) -> float:
+    """`||weight - approximation||_F / ||weight||_F`, 0 if both are zero; norms are safe from overflow."""
+    scale = weight.abs().max()
+    if scale == 0:
+        return 0.0 if not approximation.any() else math.inf
+    error = torch.linalg.vector_norm((weight - approximation) / scale, dtype=torch.float64)
+    return float(error / torch.linalg.vector_norm(weight / scale, dtype=torch.float64))

@@ -1,0 +1,78 @@
+"""What decompositions share that fold a weight to a tensor: mode sizes, ranks worth pricing, bases of unfoldings."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import final
+
+import torch
+from torch import Tensor
+
+FINE_STEP, COARSE_STEP = 1.015, 1.4
+CUTS = ((3, 4), (4, 3), (3, 3), (2, 4), (4, 2), (2, 2))
+"""Quarters of two folded modes that menus offer besides both in full."""
+
+
+def balanced_factors(n: int) -> tuple[int, int]:
+    """The two factors of `n` that are nearest to each other, the smaller first; (1, n) for a prime."""
+    small = next(d for d in range(math.isqrt(n), 0, -1) if n % d == 0)
+    return small, n // small
+
+
+def rank_triples(first: int, last: int, top: Callable[[int, int], int]) -> Iterator[tuple[int, int, int]]:
+    """Ranks of two folded modes and of the rest, `top(first, last)` being the most that these leave to the rest.
+
+    Both modes in full with finely spaced ranks of the rest, then one or both cut by quarters with coarse ones.
+    """
+    outer = dict.fromkeys((max(1, first * a // 4), max(1, last * b // 4)) for a, b in ((4, 4), *CUTS))
+    for a, b in outer:
+        step = FINE_STEP if (a, b) == (first, last) else COARSE_STEP
+        yield from ((a, b, rank) for rank in _spaced(top(a, b), step))
+
+
+def _spaced(top: int, step: float) -> Iterator[int]:
+    """1 to `top`, neighbours at most a factor `step` apart where integers allow it."""
+    rank = 1
+    while rank < top:
+        yield rank
+        rank = max(rank + 1, int(rank * step))
+    yield top
+
+
+def gram(matrix: Tensor, chunk: int = 4096) -> Tensor:
+    """matrix.T @ matrix in float64, in chunks, so that the float64 copy stays small."""
+    total = torch.zeros(matrix.shape[1], matrix.shape[1], dtype=torch.float64, device=matrix.device)
+    for rows in matrix.split(chunk):
+        part = rows.double()
+        total.addmm_(part.T, part)
+    return total
+
+
+@final
+class Unfolding:
+    """Left singular vectors and values of a matrix (n, rest), leading first, from the Gram matrix of its short side.
+
+    The matrix itself is not kept (an unfolding may be a copy as large as the weight): it is passed in again.
+    `basis @ coordinates` of all components is the matrix; there are min(n, rest) components.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        self._tall = matrix.shape[0] > matrix.shape[1]
+        values, vectors = torch.linalg.eigh(gram(matrix if self._tall else matrix.T))
+        self.energies = values.flip(0).clamp_min(0)  # squared singular values, float64
+        self._vectors = vectors.flip(-1).to(matrix.dtype)  # right singular vectors if tall, else left ones
+
+    def coordinates(self, matrix: Tensor, k: int) -> Tensor:
+        """(k, rest): the matrix in the first k basis vectors; row j has norm sqrt(energies[j])."""
+        vectors = self._vectors[:, :k]
+        if not self._tall:
+            return vectors.T @ matrix
+        return self.energies[:k, None].sqrt().to(matrix.dtype) * vectors.T
+
+    def basis(self, matrix: Tensor, k: int) -> Tensor:
+        """(n, k): orthonormal columns, zero ones for components that are rounding noise of a tall matrix."""
+        vectors = self._vectors[:, :k]
+        if not self._tall:
+            return vectors
+        values = self.energies[:k]
+        sound = values > self.energies[0] * torch.finfo(torch.float64).eps
+        return matrix @ (vectors * torch.where(sound, values.rsqrt(), 0.0).to(matrix.dtype))

@@ -1,0 +1,314 @@
+"""Kronecker: W ~ sum_k left_k (x) right_k, the nearest such sum in Frobenius norm.
+
+Sources: Van Loan and Pitsianis, "Approximation with Kronecker products" (1993), for the fit; Tahaei et al.,
+"KroneckerBERT" (NAACL 2022), for its use in a transformer. Ours: the small factor stands on the left by
+default, which makes the wide factor one large GEMM without a transposed copy and, measured on a pretrained
+encoder, fits better; `small=right` is the papers' A (x) B.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from compresskit.core.decomposition import Analysis, Decomposition
+from compresskit.core.registry import register
+from compresskit.core.structure import Factor, Structure, TensorSpec, linear, tensor_of
+from compresskit.errors import OptionError, StructureError
+
+MAX_SMALL_SIDE = 64
+MAX_SMALL_SIZE = 576
+"""The menu offers small factors up to this many entries: the side of the Gram matrix that prices them."""
+MAX_PADDING = 0.01
+"""Share of padded rows that the menu tolerates where the rows have too few divisors."""
+
+
+@final
+@dataclass(frozen=True)
+class KroneckerSum(Structure):
+    """W (rows, cols) = the first `rows` rows of sum_k left_k (x) right_k, left_k (p, q), right_k (r, s).
+
+    cols = q * s and rows <= p * r; padded rows (50257 = 29 * 1733 has hardly a divisor) are rows of the last
+    blocks that are computed and dropped.
+
+    Of the two factors the smaller is `small`, the other `wide`. Stored is what the cheaper order of
+    contraction reads without a copy:
+
+    - wide first (multiply by wide, then mix by small): wide (terms * r, s), small (p, q * terms);
+    - mix first: small (p * terms, q), wide (r, terms * s).
+    """
+
+    kind: ClassVar[str] = "kronecker"
+
+    left: tuple[int, int]
+    right: tuple[int, int]
+    terms: int
+
+    def validate(self) -> None:
+        if len(self.left) != 2 or len(self.right) != 2 or min(*self.left, *self.right, self.terms) < 1:
+            raise StructureError(f"Kronecker factors have two sizes each and at least one term, got {self}")
+        (p, q), (r, s) = self.left, self.right
+        if q * s != self.cols or not p * (r - 1) < self.rows <= p * r:
+            raise StructureError(f"({p} x {q}) (x) ({r} x {s}) does not make {self.rows} x {self.cols}")
+        if self.terms > min(p * q, r * s):
+            raise StructureError(f"{self.terms} terms: {min(p * q, r * s)} already make any weight of this shape")
+
+    @property
+    def small_left(self) -> bool:
+        return math.prod(self.left) <= math.prod(self.right)
+
+    @property
+    def small(self) -> tuple[int, int]:
+        return self.left if self.small_left else self.right
+
+    @property
+    def wide(self) -> tuple[int, int]:
+        return self.right if self.small_left else self.left
+
+    @property
+    def _order_macs(self) -> tuple[int, int]:
+        (p, q), (r, s) = self.small, self.wide
+        return self.terms * q * r * (s + p), self.terms * p * s * (q + r)
+
+    @property
+    def wide_first(self) -> bool:
+        wide_first, mix_first = self._order_macs
+        return wide_first <= mix_first
+
+    @property
+    def macs(self) -> int:
+        return min(self._order_macs)
+
+    @property
+    def lookup_macs(self) -> int:
+        return self.terms * self.cols
+
+    def factor_specs(self) -> dict[str, TensorSpec]:
+        (p, q), (r, s), k = self.small, self.wide, self.terms
+        if self.wide_first:
+            return {"small": TensorSpec((p, q * k)), "wide": TensorSpec((k * r, s), matrix=True)}
+        return {"small": TensorSpec((p * k, q)), "wide": TensorSpec((r, k * s), matrix=True)}
+
+    def pack(self, small: Tensor, wide: Tensor) -> dict[str, Tensor]:
+        """Stored layout of small (terms, p, q) and wide (terms, r, s)."""
+        (p, q), (r, s), k = self.small, self.wide, self.terms
+        if self.wide_first:
+            return {"small": small.permute(1, 2, 0).reshape(p, q * k), "wide": wide.reshape(k * r, s)}
+        return {"small": small.permute(1, 0, 2).reshape(p * k, q), "wide": wide.permute(1, 0, 2).reshape(r, k * s)}
+
+    def unpack(self, factors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Small (terms, p, q) and wide (terms, r, s), as views."""
+        (p, q), (r, s), k = self.small, self.wide, self.terms
+        if self.wide_first:
+            return factors["small"].view(p, q, k).permute(2, 0, 1), factors["wide"].view(k, r, s)
+        return factors["small"].view(p, k, q).permute(1, 0, 2), factors["wide"].view(r, k, s).permute(1, 0, 2)
+
+    def dense(self, factors: Mapping[str, Tensor]) -> Tensor:
+        small, wide = self.unpack(factors)
+        left, right = (small, wide) if self.small_left else (wide, small)
+        product = torch.einsum("kpq,krs->prqs", left, right)
+        return product.reshape(-1, self.cols)[: self.rows]
+
+    def matmul(self, x: Tensor, factors: Mapping[str, Factor], bias: Tensor | None = None) -> Tensor:
+        (_, q), (_, s) = self.small, self.wide
+        if self.small_left:
+            y = self._matmul_small_left(x.unflatten(-1, (q, s)), factors).flatten(-2)
+        else:  # the same product, with both sides of the grid swapped
+            grid = x.unflatten(-1, (s, q)).transpose(-1, -2)
+            y = self._matmul_small_left(grid, factors).transpose(-1, -2).flatten(-2)
+        if y.shape[-1] != self.rows:
+            y = y[..., : self.rows]
+        return y if bias is None else y + bias.to(y.dtype)  # under autocast y is narrower
+
+    def _matmul_small_left(self, grid: Tensor, factors: Mapping[str, Factor]) -> Tensor:
+        p, r, k = self.small[0], self.wide[0], self.terms
+        small = tensor_of(factors["small"])
+        if self.wide_first:
+            z = linear(grid, factors["wide"])  # (..., q, terms * r)
+            return torch.matmul(small, z.unflatten(-1, (k, r)).flatten(-3, -2))  # (..., p, r)
+        z = torch.matmul(small, grid)  # (..., p * terms, s)
+        return linear(z.unflatten(-2, (p, k)).flatten(-2), factors["wide"])  # (..., p, r)
+
+    def take_rows(self, index: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
+        (p, q), (r, s), k = self.small, self.wide, self.terms
+        if self.small_left:
+            small_index, wide_index = index // r, index % r
+        else:
+            small_index, wide_index = index % p, index // p
+        if p * r != self.rows:  # a padded row does not exist either: let the lookup refuse it
+            small_index = small_index.masked_fill(index >= self.rows, p)
+        if self.wide_first:
+            small = F.embedding(small_index, factors["small"]).unflatten(-1, (q, k))  # (..., q, terms)
+            wide = F.embedding(wide_index, factors["wide"].view(k, r, s).transpose(0, 1).reshape(r, k * s))
+        else:
+            small = F.embedding(small_index, factors["small"].view(p, k * q)).unflatten(-1, (k, q)).mT
+            wide = F.embedding(wide_index, factors["wide"])
+        wide = wide.unflatten(-1, (k, s))  # (..., terms, s)
+        row = small * wide if k == 1 else torch.matmul(small, wide)  # (..., q, s)
+        return (row if self.small_left else row.mT).flatten(-2)
+
+
+@register
+@final
+@dataclass(frozen=True)
+class Kronecker(Decomposition):
+    """Nearest sum of Kronecker products, by the SVD of the rearranged weight.
+
+    Args:
+        terms: number of Kronecker products in the sum.
+        small: which factor is the small one: `left` (ours), `right` (the papers' A (x) B), or `both` to let the
+            budget choose.
+        left: fixed shape (p, q) of the left factor; the right one follows. None: the budget chooses.
+        right: fixed shape (r, s) of the right factor.
+    """
+
+    name: ClassVar[str] = "kronecker"
+    summary: ClassVar[str] = "W ~ sum of `terms` Kronecker products left (x) right"
+    source: ClassVar[str] = "Van Loan and Pitsianis 1993; KroneckerBERT, Tahaei et al., NAACL 2022"
+    structures: ClassVar[tuple[type[Structure], ...]] = (KroneckerSum,)
+
+    terms: int = 1
+    small: Literal["left", "right", "both"] = "left"
+    left: tuple[int, int] | None = None
+    right: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.terms < 1:
+            raise OptionError(f"terms is a number of Kronecker products, at least 1; got {self.terms}")
+        for side in (self.left, self.right):
+            if side is not None and min(side) < 1:
+                raise OptionError(f"the sizes of a Kronecker factor are at least 1; got {side}")
+
+    def menu(self, rows: int, cols: int, *, lookup: bool = False) -> Iterable[Structure]:
+        if self.left or self.right:
+            yield from self._fixed(rows, cols)
+            return
+        for p, q in _small_shapes(rows, cols, lookup=lookup):
+            r, s = -(-rows // p), cols // q
+            if self.terms > min(p * q, r * s):
+                continue
+            if self.small != "right":
+                yield KroneckerSum(rows, cols, (p, q), (r, s), self.terms)
+            if self.small != "left" and p * q < r * s:
+                yield KroneckerSum(rows, cols, (r, s), (p, q), self.terms)
+
+    def _fixed(self, rows: int, cols: int) -> Iterator[Structure]:
+        (p, q) = self.left or (-(-rows // self.right[0]), cols // self.right[1])  # type: ignore[index]
+        (r, s) = self.right or (-(-rows // p), cols // q)
+        if q * s == cols and p * (r - 1) < rows <= p * r and self.terms <= min(p * q, r * s):
+            yield KroneckerSum(rows, cols, (p, q), (r, s), self.terms)
+
+    def analyse(self, weight: Tensor) -> Analysis:
+        return _KroneckerAnalysis(weight)
+
+
+def _small_shapes(rows: int, cols: int, *, lookup: bool) -> Iterator[tuple[int, int]]:
+    """Shapes of the small factor worth pricing; an embedding keeps one row of its own per word (p = 1)."""
+    for p in [1] if lookup else _small_sides(rows):
+        for q in _divisors(cols):
+            if 1 < p * q <= min(MAX_SMALL_SIZE, -(-rows // p) * (cols // q)):
+                yield p, q
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, min(n, MAX_SMALL_SIDE) + 1) if n % d == 0]
+
+
+def _small_sides(rows: int) -> list[int]:
+    """Divisors of `rows`; where they are few, also powers of two that waste next to no padded rows."""
+    sides = _divisors(rows)
+    if len(sides) >= 5:
+        return sides
+    powers = (2, 4, 8, 16, 32)
+    return sorted({*sides, *(p for p in powers if p <= rows and -rows % p <= MAX_PADDING * rows)})
+
+
+@final
+class _KroneckerAnalysis(Analysis):
+    """Gram matrices of the blocks of W, finest grids first: the Gram matrix of a coarser grid is a partial trace."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
+        self._energy = float(torch.linalg.vector_norm(weight, dtype=torch.float64) ** 2)
+        self._grams: dict[tuple[bool, int, int], Tensor] = {}
+        self._spectra: dict[tuple[bool, int, int], Tensor] = {}
+
+    def squared_errors(self, structures: Sequence[Structure]) -> list[float]:
+        self._prepare_grids({_grid(structure) for structure in structures})
+        return [max(self._energy - self._kept(structure), 0.0) for structure in structures]
+
+    def _kept(self, structure: Structure) -> float:
+        assert isinstance(structure, KroneckerSum)
+        key = _grid(structure)
+        if key not in self._spectra:
+            self._spectra[key] = torch.linalg.eigvalsh(self._gram(key).double())
+        return float(self._spectra[key][-structure.terms :].sum())
+
+    def factors(self, structure: Structure) -> dict[str, Tensor]:
+        assert isinstance(structure, KroneckerSum)
+        (p, q), (r, s), k = structure.small, structure.wide, structure.terms
+        _, vectors = torch.linalg.eigh(self._gram(_grid(structure)).double())
+        top = vectors[:, -k:].flip(-1).T.to(self._weight.dtype)  # (terms, p * q)
+        top = top * torch.sign(top.gather(-1, top.abs().argmax(-1, keepdim=True)))  # eigenvectors have no sign
+        wide = top @ self._blocks(_grid(structure))  # (terms, r * s)
+        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).sqrt()  # split evenly: both train at one scale
+        wide = torch.where(scale > 0, wide / scale, 0.0)
+        return structure.pack((top * scale).view(k, p, q), wide.view(k, r, s))
+
+    def _prepare_grids(self, keys: set[tuple[bool, int, int]]) -> None:
+        """Compute the Gram matrices of as few, as fine grids as cover all of `keys`."""
+        rows, cols = self._weight.shape
+        grids: list[tuple[bool, int, int]] = []
+        for left, p, q in sorted(keys, key=lambda key: -key[1] * key[2]):
+            for i, (other, big_p, big_q) in enumerate(grids):
+                fine = (left, math.lcm(p, big_p), math.lcm(q, big_q))
+                if left == other and fine[1] * fine[2] <= MAX_SMALL_SIZE and rows % fine[1] == cols % fine[2] == 0:
+                    grids[i] = fine
+                    break
+            else:
+                grids.append((left, p, q))
+        for key in grids:
+            self._gram(key)
+
+    def _gram(self, key: tuple[bool, int, int]) -> Tensor:
+        """Inner products of the blocks (p * q, p * q), row-major over the small factor's entries."""
+        if key not in self._grams:
+            finer = next((grid for grid in self._grams if self._refines(grid, key)), None)
+            self._grams[key] = self._from_blocks(key) if finer is None else _coarsen(self._grams[finer], finer, key)
+        return self._grams[key]
+
+    def _refines(self, fine: tuple[bool, int, int], coarse: tuple[bool, int, int]) -> bool:
+        same_padding = self._weight.shape[0] % fine[1] == 0
+        return fine[0] == coarse[0] and fine[1] % coarse[1] == 0 and fine[2] % coarse[2] == 0 and same_padding
+
+    def _from_blocks(self, key: tuple[bool, int, int]) -> Tensor:
+        blocks = self._blocks(key)
+        return blocks @ blocks.T
+
+    def _blocks(self, key: tuple[bool, int, int]) -> Tensor:
+        """W cut into the entries that share one entry of the small factor: (p * q, r * s)."""
+        left, p, q = key
+        rows, cols = self._weight.shape
+        r, s = -(-rows // p), cols // q
+        weight = self._weight if p * r == rows else F.pad(self._weight, (0, 0, 0, p * r - rows))
+        if left:
+            return weight.view(p, r, q, s).permute(0, 2, 1, 3).reshape(p * q, r * s)
+        return weight.view(r, p, s, q).permute(1, 3, 0, 2).reshape(p * q, r * s)
+
+
+def _grid(structure: Structure) -> tuple[bool, int, int]:
+    assert isinstance(structure, KroneckerSum)
+    return structure.small_left, *structure.small
+
+
+def _coarsen(gram: Tensor, fine: tuple[bool, int, int], coarse: tuple[bool, int, int]) -> Tensor:
+    """Gram matrix of a coarser grid: a coarse block is a union of fine ones, so their inner products add up."""
+    (left, fine_p, fine_q), (_, p, q) = fine, coarse
+    a, b = fine_p // p, fine_q // q
+    if left:
+        return torch.einsum("iajbkalb->ijkl", gram.view(p, a, q, b, p, a, q, b)).reshape(p * q, p * q)
+    return torch.einsum("aibjakbl->ijkl", gram.view(a, p, b, q, a, p, b, q)).reshape(p * q, p * q)

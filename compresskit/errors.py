@@ -1,0 +1,41 @@
+"""Every error that compresskit raises on purpose.
+
+Each says what was asked, what was found and what to do. Each is also the builtin exception that it
+resembles, so callers may catch either.
+"""
+
+
+class CompresskitError(Exception):
+    """Base of all errors that a user can cause and mend."""
+
+
+class UnknownNameError(CompresskitError, LookupError):
+    """A decomposition, structure or option of this name does not exist."""
+
+
+class OptionError(CompresskitError, ValueError):
+    """An option has a value that it cannot take."""
+
+
+class StructureError(CompresskitError, ValueError):
+    """The sizes of a factorisation are impossible or do not fit the weight."""
+
+
+class WeightError(CompresskitError, ValueError):
+    """A weight cannot be factorised: not a real floating-point matrix, or it holds NaN or infinity."""
+
+
+class PlanError(CompresskitError, ValueError):
+    """A pattern, rule or plan does not fit the model."""
+
+
+class BudgetError(CompresskitError, ValueError):
+    """The size that was asked for cannot be reached."""
+
+
+class CheckpointError(CompresskitError, ValueError):
+    """A checkpoint is missing, damaged, or not one that this version reads."""
+
+
+class OutputError(CompresskitError, OSError):
+    """The output could not be written."""

@@ -1,0 +1,78 @@
+"""Headers of safetensors files: what is inside, without reading it."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from compresskit.core.modules import FactorizedModule
+from compresskit.errors import CheckpointError
+from compresskit.hub.names import Model, spellings
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def tensor_shapes(files: Iterable[str | Path]) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor in these files; the headers alone are read.
+
+    Raises:
+        CheckpointError: a file is missing, cut short, damaged, or not a safetensors file.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in map(Path, files):
+        if file.suffix != ".safetensors":
+            raise CheckpointError(
+                f"{file} is not a safetensors file; compressed checkpoints are never read from pickles"
+            )
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing; the checkpoint is not complete")
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a dict
+                    shapes[name] = tuple(tensors.get_slice(name).get_shape())
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} is damaged or cut short ({error}); download or copy it again") from error
+    return shapes
+
+
+def check_factors(model: Model, shapes: Shapes) -> None:
+    """Check that the files hold every tensor of every factorised module, in its shape.
+
+    transformers would only warn of what is missing and leave memory as it was found. A tied tensor is stored under
+    one of its names.
+
+    Raises:
+        CheckpointError: names the tensors that are missing or of another shape.
+    """
+    wrong: list[str] = []
+    twins = _twins(model)
+    for name, shape in _wanted(model).items():
+        names = [s for twin in twins.get(name, {name}) for s in spellings(twin, model.base_model_prefix)]
+        found = next((shapes[spelling] for spelling in names if spelling in shapes), None)
+        if found is None:
+            wrong.append(f"{name} {shape} is missing")
+        elif found != shape:
+            wrong.append(f"{name} is {found}, not {shape}")
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise CheckpointError(
+            f"the map in config.json does not fit the weights: {'; '.join(wrong[:3])}{more}. Both files must come from "
+            "one save"
+        )
+
+
+def _wanted(model: Model) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{name}.{key}": tuple(parameter.shape)
+        for name, module in model.named_modules()
+        if isinstance(module, FactorizedModule)
+        for key, parameter in module.named_parameters()
+    }
+
+
+def _twins(model: Model) -> dict[str, set[str]]:
+    """Names that stand for one tensor, by each of them."""
+    groups: dict[str, set[str]] = {}
+    for target, source in model.all_tied_weights_keys.items():
+        groups.setdefault(source, {source}).add(target)
+    return {name: group for group in groups.values() for name in group}

@@ -1,0 +1,198 @@
+"""Applying a plan: fit everything, check everything, then swap. A failure leaves the model as it was."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+from torch import Tensor, nn
+
+from compresskit.core.decomposition import Analysis, Fitted, as_matrix, module_from
+from compresskit.core.modules import FactorizedEmbedding
+from compresskit.errors import PlanError, WeightError
+from compresskit.surgery.layout import swap_
+from compresskit.surgery.plan import Plan, PlannedSite, group_name
+from compresskit.surgery.pricing import OnProgress, Progress
+from compresskit.surgery.sites import Refusal, count_params, site_weight
+
+
+@final
+@dataclass(frozen=True)
+class SiteReport:
+    """What became of one site: its new structure and the error that was measured after the fit."""
+
+    name: str
+    names: tuple[str, ...]
+    method: str
+    structure: str
+    params_before: int
+    params_after: int
+    macs_before: int
+    macs_after: int
+    expected_error: float | None
+    relative_error: float
+
+
+@final
+@dataclass(frozen=True)
+class Report:
+    """What a compression did. Every count takes tied parameters once.
+
+    Args:
+        sites: what was replaced.
+        left: weight matrices that stayed dense, and why.
+        params_before, params_after: whole model.
+        embedding_params_before, embedding_params_after: in embedding tables and what replaced them.
+        bytes_before, bytes_after: of the parameters in memory.
+        relative_error: over all replaced weights together (Frobenius).
+        gap: proven distance of the plan from the optimum of its budget.
+        time_s: analysing, choosing and fitting.
+    """
+
+    sites: tuple[SiteReport, ...]
+    left: tuple[Refusal, ...]
+    params_before: int
+    params_after: int
+    embedding_params_before: int
+    embedding_params_after: int
+    bytes_before: int
+    bytes_after: int
+    relative_error: float
+    gap: float | None
+    time_s: float
+
+    @property
+    def ratio(self) -> float:
+        """Original / compressed parameters of the whole model."""
+        return self.params_before / self.params_after
+
+    @property
+    def site_ratio(self) -> float:
+        """The same, of the replaced weights alone."""
+        return sum(s.params_before for s in self.sites) / sum(s.params_after for s in self.sites)
+
+    @property
+    def body_ratio(self) -> float:
+        """The same, of everything but the embedding tables."""
+        before = self.params_before - self.embedding_params_before
+        return before / max(self.params_after - self.embedding_params_after, 1) if before else 1.0
+
+    @property
+    def bytes_ratio(self) -> float:
+        """Bytes of the parameters before / after."""
+        return self.bytes_before / self.bytes_after
+
+    @property
+    def macs_ratio(self) -> float:
+        """Multiply-adds per token in the replaced layers before / after; 1 if nothing is multiplied."""
+        after = sum(s.macs_after for s in self.sites)
+        return sum(s.macs_before for s in self.sites) / after if after else 1.0
+
+    def by_group(self) -> dict[str, list[SiteReport]]:
+        """Sites by name with layer numbers replaced by `*`."""
+        groups: dict[str, list[SiteReport]] = {}
+        for site in self.sites:
+            groups.setdefault(group_name(site.name), []).append(site)
+        return groups
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, ratios included."""
+        ratios = ("ratio", "site_ratio", "body_ratio", "bytes_ratio", "macs_ratio")
+        return {**{name: getattr(self, name) for name in ratios}, **dataclasses.asdict(self)}
+
+
+def apply_(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    analyses: Mapping[str, Analysis] | None = None,
+    on_progress: OnProgress | None = None,
+    started: float | None = None,
+) -> Report:
+    """Replace the sites of a plan by fitted modules. Changes the model, and only after everything has succeeded.
+
+    Args:
+        analyses: by site name, from `make_plan` of this very model; what is missing is computed here.
+        started: `time.perf_counter()` when the work began, for the report; by default now.
+
+    Raises:
+        WeightError: a weight or a fitted factor holds NaN or infinity; names the site.
+        PlanError: the plan was made for another model.
+    """
+    started = time.perf_counter() if started is None else started
+    before, before_bytes, before_embedding = count_params(model), _num_bytes(model), _embedding_params(model)
+    if before != plan.num_params:
+        raise PlanError(f"the plan was made for a model of {plan.num_params:,} parameters, this one has {before:,}")
+    modules: dict[str, nn.Module] = {}
+    reports: list[SiteReport] = []
+    energy = lost = 0.0
+    for planned in plan.sites:
+        fitted, norm = _fit(model, planned, (analyses or {}).get(planned.site.name))
+        modules.update(_modules(model, planned, fitted))
+        reports.append(_site_report(planned, fitted))
+        energy, lost = energy + norm**2, lost + (norm * fitted.relative_error) ** 2
+        if on_progress is not None:
+            on_progress(Progress("fit", planned.site.name, len(reports), len(plan.sites), fitted.relative_error))
+    swap_(model, modules)
+    return Report(
+        sites=tuple(reports),
+        left=plan.left,
+        params_before=before,
+        params_after=count_params(model),
+        embedding_params_before=before_embedding,
+        embedding_params_after=_embedding_params(model),
+        bytes_before=before_bytes,
+        bytes_after=_num_bytes(model),
+        relative_error=math.sqrt(lost / energy) if energy else 0.0,
+        gap=plan.gap,
+        time_s=time.perf_counter() - started,
+    )
+
+
+def _fit(model: nn.Module, planned: PlannedSite, analysis: Analysis | None) -> tuple[Fitted, float]:
+    """The fit and the norm of the weight."""
+    site, decomposition = planned.site, planned.decomposition
+    matrix = as_matrix(site_weight(model, site), f"the weight of {site.name!r}")
+    fitted = decomposition.fit_analysed(matrix, analysis or decomposition.analyse(matrix), planned.structure)
+    if not math.isfinite(fitted.relative_error):
+        raise WeightError(f"fitting {site.name!r} with {planned.structure} gave values that are not finite")
+    return fitted, float(matrix.norm())
+
+
+def _modules(model: nn.Module, planned: PlannedSite, fitted: Fitted) -> dict[str, nn.Module]:
+    """A module for each name of the site; tied ones hold the same parameters."""
+    olds = {name: model.get_submodule(name) for name in planned.site.names}
+    weight = next(iter(olds.values())).weight
+    assert isinstance(weight, Tensor)
+    factors = {
+        name: nn.Parameter(tensor.to(dtype=weight.dtype, device=weight.device), weight.requires_grad)
+        for name, tensor in fitted.factors.items()
+    }
+    return {name: module_from(fitted.structure, factors, old) for name, old in olds.items()}
+
+
+def _site_report(planned: PlannedSite, fitted: Fitted) -> SiteReport:
+    return SiteReport(
+        name=planned.site.name,
+        names=planned.site.names,
+        method=planned.decomposition.name,
+        structure=str(planned.structure),
+        params_before=planned.site.num_params,
+        params_after=planned.params,
+        macs_before=planned.dense_macs,
+        macs_after=planned.macs,
+        expected_error=planned.expected_error,
+        relative_error=fitted.relative_error,
+    )
+
+
+def _embedding_params(model: nn.Module) -> int:
+    """Parameters in embedding tables, tied ones once."""
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding | FactorizedEmbedding)]
+    return sum({id(p): p.numel() for table in tables for p in table.parameters()}.values())
+
+
+def _num_bytes(model: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

@@ -1,0 +1,182 @@
+"""Plan: which structure for which site, as data. Made by pricing and a budget, or read from an edited file."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+from torch import nn
+
+from compresskit.core.decomposition import Decomposition
+from compresskit.core.options import option_text
+from compresskit.core.registry import decomposition, structure_from_json
+from compresskit.core.structure import Structure
+from compresskit.errors import CheckpointError, PlanError
+from compresskit.surgery.sites import Refusal, Site, Survey, find_sites
+
+FORMAT_VERSION = 1
+
+
+@final
+@dataclass(frozen=True)
+class PlannedSite:
+    """What becomes of one site.
+
+    Args:
+        site: where.
+        decomposition: how it is fitted, with options.
+        structure: its new sizes.
+        expected_error: relative error that pricing promised, None if it was not priced (an edited plan).
+    """
+
+    site: Site
+    decomposition: Decomposition
+    structure: Structure
+    expected_error: float | None
+
+    @property
+    def params(self) -> int:
+        return self.structure.num_params + self.site.extra_params
+
+    @property
+    def macs(self) -> int:
+        return site_macs(self.site, self.structure)
+
+    @property
+    def dense_macs(self) -> int:
+        return self.site.multiplied * self.site.num_params
+
+
+@final
+@dataclass(frozen=True)
+class Plan:
+    """Which structure for which site; all else stays dense, with the reason.
+
+    Args:
+        sites: what is replaced, in the model's order.
+        left: weight matrices that stay dense, and why.
+        num_params: parameters of the dense model.
+        gap: proven distance of the budget's loss from the optimum, as a share; None for a plan that was read.
+    """
+
+    sites: tuple[PlannedSite, ...]
+    left: tuple[Refusal, ...]
+    num_params: int
+    gap: float | None = None
+
+    @property
+    def params_after(self) -> int:
+        return self.num_params - sum(planned.site.num_params - planned.params for planned in self.sites)
+
+    @property
+    def ratio(self) -> float:
+        """Original / compressed parameters of the whole model."""
+        return self.num_params / self.params_after
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds per token in the sites of the plan."""
+        return sum(planned.macs for planned in self.sites)
+
+    @property
+    def dense_macs(self) -> int:
+        """Multiply-adds per token in the same sites while they are dense."""
+        return sum(planned.dense_macs for planned in self.sites)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; `plan_from_json` reads `sites` back, the other entries are for the reader."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "num_params": self.num_params,
+            "params_after": self.params_after,
+            "ratio": self.ratio,
+            "gap": self.gap,
+            "sites": [_site_json(planned) for planned in self.sites],
+            "left_dense": [dataclasses.asdict(refusal) for refusal in self.left],
+        }
+
+
+def site_macs(site: Site, structure: Structure) -> int:
+    """Multiply-adds per token of all modules of a site."""
+    lookups = len(site.kinds) - site.multiplied
+    return site.multiplied * structure.macs + lookups * structure.lookup_macs
+
+
+def _site_json(planned: PlannedSite) -> dict[str, Any]:
+    return {
+        "name": planned.site.name,
+        "method": planned.decomposition.name,
+        "options": {f.name: option_text(getattr(planned.decomposition, f.name)) for f in _options(planned)},
+        "structure": planned.structure.to_json(),
+        "params": planned.params,
+        "dense_params": planned.site.num_params,
+        "macs": planned.macs,
+        "dense_macs": planned.dense_macs,
+        "expected_error": planned.expected_error,
+    }
+
+
+def _options(planned: PlannedSite) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(planned.decomposition)
+
+
+def plan_from_json(data: Any, model: nn.Module) -> Plan:
+    """The plan that `to_json` wrote, perhaps edited, checked against a model.
+
+    Only `name`, `method`, `options` and `structure` of each site count; all numbers are computed anew.
+
+    Raises:
+        PlanError: another format version, a site that the model lacks or refuses, sizes that do not fit.
+        UnknownNameError: an unknown method or option.
+    """
+    if not isinstance(data, Mapping) or not isinstance(data.get("sites"), list) or not data["sites"]:
+        raise PlanError("a plan is a JSON object with a list 'sites' that is not empty")
+    if data.get("format_version") != FORMAT_VERSION:
+        raise PlanError(
+            f"this plan has format version {data.get('format_version')!r}, this release reads {FORMAT_VERSION}"
+        )
+    survey = find_sites(model)
+    planned = [_planned_from_json(entry, survey) for entry in data["sites"]]
+    names = [p.site.name for p in planned]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise PlanError(f"the plan names these sites twice: {', '.join(twice)}")
+    rest = [Refusal(s.name, s.num_params, "not in the plan") for s in survey.sites if s.name not in names]
+    return Plan(tuple(planned), (*survey.refusals, *rest), survey.num_params)
+
+
+def _planned_from_json(entry: Any, survey: Survey) -> PlannedSite:
+    needed = {"name": str, "method": str, "structure": Mapping}
+    if not isinstance(entry, Mapping) or not all(isinstance(entry.get(k), t) for k, t in needed.items()):
+        raise PlanError(f"each site of a plan has 'name', 'method' and 'structure'; got {entry!r}")
+    name, options = entry["name"], entry.get("options", {})
+    if not isinstance(options, Mapping) or not all(isinstance(value, str) for value in options.values()):
+        raise PlanError(f"'options' of {name!r} are texts, as after --set; got {options!r}")
+    site = next((site for site in survey.sites if name in site.names), None)
+    if site is None:
+        refused = next((r.reason for r in survey.refusals if r.name == name), None)
+        known = ", ".join(s.name for s in survey.sites[:: max(1, len(survey.sites) // 6)])
+        raise PlanError(
+            f"the plan names {name!r}, "
+            + (f"which is left alone: {refused}" if refused else f"which this model does not have; it has {known}, ...")
+        )
+    chosen = decomposition(entry["method"], options)
+    try:
+        structure = structure_from_json(entry["structure"])
+    except CheckpointError as error:
+        raise PlanError(f"site {name!r}: {error}") from error
+    if (structure.rows, structure.cols) != (site.rows, site.cols):
+        raise PlanError(
+            f"{name!r} is {site.rows} x {site.cols}; the plan's structure is for another weight: {structure}"
+        )
+    if not isinstance(structure, chosen.structures):
+        raise PlanError(f"site {name!r}: {chosen.name} does not fit structures of kind {structure.kind!r}")
+    expected = entry.get("expected_error")
+    priced = type(expected) in (int, float) and math.isfinite(expected)
+    return PlannedSite(site, chosen, structure, float(expected) if priced else None)
+
+
+def group_name(name: str) -> str:
+    """`encoder.layer.3.attention.self.query` -> `encoder.layer.*.attention.self.query`."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))

@@ -1,0 +1,162 @@
+"""`compresskit compress`: shrink a model and save it as an ordinary checkpoint, with a report of what it cost."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from compresskit_cli.command import Command
+from compresskit_cli.options import Choice, choice_options, model_options, read_plan
+
+if TYPE_CHECKING:
+    from compresskit import Report
+
+
+@click.command(name="compress", cls=Command)
+@model_options
+@choice_options
+@click.option(
+    "--plan", "plan_file", type=click.Path(path_type=Path), help="Replay a plan that `compresskit plan` wrote."
+)
+@click.option(
+    "--output", "-o", type=click.Path(path_type=Path), help="Folder to write. Default: MODEL-METHOD-RATIO here."
+)
+@click.option("--force", is_flag=True, help="Replace an existing output folder, once the new one is complete.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def command(
+    model: str,
+    dtype: str,
+    device: str,
+    revision: str | None,
+    seed: int,
+    plan_file: Path | None,
+    output: Path | None,
+    force: bool,
+    as_json: bool,
+    **choice: Any,
+) -> None:
+    """Compress MODEL (a folder or hub id) and save the result as a Hugging Face checkpoint.
+
+    It opens with AutoModel.from_pretrained after `import compresskit`. For example:
+
+    \b
+        compresskit compress bert-base-uncased --method kronecker --ratio 19
+        compresskit compress ./model -m svd --keep 0.25 --exclude '*embeddings*'
+        compresskit compress ./model -m svd --ratio 8 --rule '*attention*=kronecker:terms=2'
+    """
+    from compresskit import apply, compress, plan_from_json
+    from compresskit.errors import PlanError
+    from compresskit.hub import check_output, model_card, save_checkpoint
+    from compresskit_cli import render
+    from compresskit_cli.loading import load
+
+    options = Choice(**choice)
+    arguments = None
+    if plan_file is None:
+        arguments = options.arguments()
+    elif options != Choice(None, (), (), None, None, None, (), (), None, False, False):
+        raise PlanError("--plan already says what becomes of each layer: give no method, budget or pattern with it")
+    output = output or Path(_default_name(model, options, plan_file))
+    check_output(output, force=force)
+    data = None if plan_file is None else read_plan(plan_file)
+    loaded, folder = load(model, revision=revision, dtype=dtype, device=device, seed=seed)
+    provenance = _provenance(model, revision, seed, options, plan_file)
+    with render.progress_bar() as on_progress:
+        if arguments is None:
+            plan = plan_from_json(data, loaded)
+            report = apply(loaded, plan, on_progress=on_progress, provenance=provenance)
+        else:
+            report = compress(loaded, **arguments, on_progress=on_progress, provenance=provenance)
+    card = model_card(
+        output.name,
+        _facts(report),
+        architecture=type(loaded).__name__,
+        base_model=None if Path(model).exists() else model,
+        left_dense=[(refusal.name, refusal.reason) for refusal in report.left],
+    )
+    save_checkpoint(loaded, folder, output, force=force, card=card)
+    costs = _costs(report, folder, output)
+    if as_json:
+        click.echo(json.dumps({"output": str(output), **costs, **report.to_json()}, indent=1))
+    else:
+        render.report(report)
+        rows = [*_facts(report), ("bytes on disk", _disk_text(costs)), *_run_facts(costs, output)]
+        render.table("Result", ("", ""), rows)
+
+
+def _default_name(model: str, options: Choice, plan_file: Path | None) -> str:
+    base = Path(model.rstrip("/")).name or "model"
+    if plan_file is not None:
+        return f"{base}-{plan_file.stem}"
+    if options.ratio is not None:
+        size = f"-{options.ratio:g}x"
+    elif options.keep is not None:
+        size = f"-keep{options.keep:g}"
+    else:
+        size = f"-{options.params}" if options.params is not None else ""
+    return f"{base}-{options.method or 'rules'}{size}"
+
+
+def _provenance(model: str, revision: str | None, seed: int, options: Choice, plan_file: Path | None) -> dict[str, Any]:
+    """What a checkpoint remembers of the command. Folder names of this machine do not go into it."""
+    from compresskit import __version__
+
+    asked = {key: value for key, value in vars(options).items() if value not in (None, (), False)}
+    return {
+        "compresskit": __version__,
+        "model": Path(model.rstrip("/")).name if Path(model).exists() else model,
+        "revision": revision,
+        "seed": seed,
+        "asked": asked if plan_file is None else {"plan": plan_file.name},
+    }
+
+
+def _facts(report: "Report") -> list[tuple[str, str]]:
+    """The report in short, for the screen and for the model card."""
+    from compresskit_cli.render import count, size
+
+    return [
+        ("parameters", f"{count(report.params_before)} -> {count(report.params_after)}"),
+        ("ratio, whole model", f"{report.ratio:.3f}"),
+        ("ratio, replaced layers", f"{report.site_ratio:.3f}"),
+        ("ratio, without embedding tables", f"{report.body_ratio:.3f}"),
+        ("ratio, bytes of parameters", f"{report.bytes_ratio:.3f}"),
+        ("bytes of parameters", f"{size(report.bytes_before)} -> {size(report.bytes_after)}"),
+        ("multiply-adds in replaced layers", f"{report.macs_ratio:.2f} times fewer"),
+        ("relative error of replaced weights", f"{report.relative_error:.4f}"),
+    ]
+
+
+def _costs(report: "Report", folder: Path, output: Path) -> dict[str, Any]:
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "disk_bytes_before": _weight_bytes(folder),
+        "disk_bytes_after": _weight_bytes(output),
+        "peak_memory_bytes": peak if sys.platform == "darwin" else peak * 1024,
+        "compress_time_s": report.time_s,
+    }
+
+
+def _run_facts(costs: dict[str, Any], output: Path) -> list[tuple[str, str]]:
+    from compresskit_cli.render import size
+
+    return [
+        ("time to compress", f"{costs['compress_time_s']:.1f} s"),
+        ("peak memory of this command", size(costs["peak_memory_bytes"])),
+        ("saved to", str(output)),
+    ]
+
+
+def _disk_text(costs: dict[str, Any]) -> str:
+    from compresskit_cli.render import size
+
+    before, after = costs["disk_bytes_before"], costs["disk_bytes_after"]
+    return f"{size(before)} -> {size(after)}, ratio {before / after:.2f}"
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
