@@ -8,11 +8,13 @@ report = compresskit.compress(model, "kronecker", ratio=19)
 model.save_pretrained("small")  # opens again with AutoModel.from_pretrained after `import compresskit`
 """
 
-import compresskit.decompositions  # registers them
+import compresskit.decompositions  # noqa: F401 - registers them
 from compresskit.api import apply, compress, plan
 from compresskit.core.decomposition import Analysis, Decomposition, Fitted
 from compresskit.core.modules import FactorizedEmbedding, FactorizedLinear
-from compresskit.core.registry import decomposition, decompositions, register
+from compresskit.core.options import describe_options
+from compresskit.core.registry import decomposition, register
+from compresskit.core.registry import decompositions as methods
 from compresskit.core.structure import Structure, TensorSpec
 from compresskit.decompositions.kronecker import Kronecker
 from compresskit.decompositions.svd import SVD
@@ -20,6 +22,7 @@ from compresskit.errors import CompresskitError
 from compresskit.surgery.apply import Report
 from compresskit.surgery.layout import dequantize_, install_, layout_of
 from compresskit.surgery.plan import Plan, plan_from_json
+from compresskit.surgery.pricing import OnProgress, Progress
 from compresskit.surgery.sites import find_sites
 from compresskit.version import __version__
 
@@ -32,20 +35,22 @@ __all__ = [
     "FactorizedLinear",
     "Fitted",
     "Kronecker",
+    "OnProgress",
     "Plan",
+    "Progress",
     "Report",
     "Structure",
     "TensorSpec",
     "__version__",
     "apply",
     "compress",
-    "compresskit",
     "decomposition",
-    "decompositions",
     "dequantize_",
+    "describe_options",
     "find_sites",
     "install_",
     "layout_of",
+    "methods",
     "plan",
     "plan_from_json",
     "register",

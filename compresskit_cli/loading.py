@@ -19,13 +19,13 @@ def load(model: str, *, revision: str | None, dtype: str, device: str, seed: int
     """The dense model on the device, and the folder that it came from.
 
     Raises:
-        CheckpointError: there is no such model, or it is damaged.
+        CheckpointError: there is no such model, it is damaged, or it is compressed already.
         OptionError: the device does not exist here.
     """
     import torch
 
-    from compresskit.errors import OptionError
-    from compresskit.hub import load_model, resolve
+    from compresskit.errors import CheckpointError, OptionError
+    from compresskit.hub import load_model, read_map, resolve
 
     quiet_transformers()
     torch.manual_seed(seed)
@@ -34,5 +34,11 @@ def load(model: str, *, revision: str | None, dtype: str, device: str, seed: int
         torch.empty(0, device=where)
     except (RuntimeError, AssertionError) as error:
         raise OptionError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    if where.type == "meta":
+        raise OptionError("device 'meta' holds no values, so nothing can be fitted there")
     folder = resolve(model, revision)
+    if read_map(folder) is not None:
+        raise CheckpointError(
+            f"{folder} is compressed already; start from the original model (--rule puts several methods into one run)"
+        )
     return load_model(folder, dtype=dtype).to(where), folder

@@ -25,7 +25,7 @@ ROUNDS = 15
 
 def main(folders: list[str]) -> None:
     """Print what `measure` returns."""
-    print(json.dumps(measure(folders)))
+    sys.stdout.write(json.dumps(measure(folders)) + "\n")
 
 
 def measure(folders: list[str]) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Options that `compress` and `plan` share, and what they mean for the Python API."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
-class Count(click.ParamType):
+class Count(click.ParamType):  # type: ignore[type-arg]
     """A number of parameters or multiply-adds: `5700000`, `5.7M`, `350k`, `1.2B`."""
 
     name = "count"
@@ -23,10 +24,10 @@ class Count(click.ParamType):
         scale = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9}.get(text[-1:].lower())
         try:
             count = float(text[:-1]) * scale if scale else float(text)
-            if count != count or count in (float("inf"), float("-inf")):
+            if not 1 <= count < float("inf"):
                 raise ValueError
         except ValueError:
-            self.fail(f"{value!r} is not a count; write 5700000, 5.7M, 350k or 1.2B", param, ctx)
+            self.fail(f"{value!r} is not a count of at least 1; write 5700000, 5.7M, 350k or 1.2B", param, ctx)
         return round(count)
 
 
@@ -45,6 +46,10 @@ class Choice:
     max_macs: int | None
     uniform: bool
     allow_slower: bool
+
+    def given(self) -> dict[str, Any]:
+        """What was said at all, for the record."""
+        return {key: value for key, value in vars(self).items() if value not in (None, (), False)}
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for `compresskit.compress` and `compresskit.plan`."""
@@ -81,12 +86,14 @@ def _pair(text: str, option: str) -> tuple[str, str]:
 
 
 def _rule(text: str) -> tuple[str, Any]:
-    """`PATTERN=METHOD` or `PATTERN=METHOD:key=value,key=value`."""
+    """`PATTERN=METHOD` or `PATTERN=METHOD:key=value,key=value`; the pattern may hold `=` (`re:.*(?=x)`) itself."""
     from compresskit import decomposition
 
-    pattern, method = _pair(text, "--rule")
-    name, _, settings = method.partition(":")
-    return pattern, decomposition(name, dict(_pair(item, "--rule") for item in settings.split(",") if item))
+    parts = re.fullmatch(r"(.+?)=([\w-]+)(?::(.*))?", text)
+    if parts is None:
+        raise click.UsageError(f"--rule takes PATTERN=METHOD or PATTERN=METHOD:KEY=VALUE,..., got {text!r}")
+    pattern, method, settings = parts.groups(default="")
+    return pattern, decomposition(method, dict(_pair(item, "--rule") for item in settings.split(",") if item))
 
 
 def choice_options(function: F) -> F:
@@ -132,7 +139,7 @@ def model_options(function: F) -> F:
         click.option("--dtype", type=click.Choice(DTYPES), default="auto", help="Load weights as; auto: as they are."),
         click.option("--device", default="cpu", help="Fit on this device, e.g. cuda."),
         click.option("--revision", help="Branch, tag or commit of a hub model."),
-        click.option("--seed", type=int, default=0, help="Seed of every random choice."),
+        click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Seed of every random choice."),
     ]
     for option in reversed(options):
         function = option(function)

@@ -5,30 +5,78 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from compresskit import Plan, Report
-    from compresskit.surgery.pricing import OnProgress, Progress
+    from compresskit import OnProgress, Plan, Progress, Report
 
-WIDTH = None if sys.stdout.isatty() else 140
-"""A file or pipe has no width of its own; 80 columns would break layer names."""
+WIDTH = None if sys.stdout.isatty() else 1000
+"""A file or pipe has no width: nothing is folded there, so that each layer stays on one line."""
 
-console = Console(width=WIDTH)
-progress_console = Console(stderr=True)
+console = Console(width=WIDTH, markup=False, emoji=False, highlight=False)
+progress_console = Console(stderr=True, markup=False, emoji=False, highlight=False)
+
+GAP = 2
+"""Columns of a terminal between two columns of a table."""
+
+MIN_FOLDED = 16
+"""Text is not folded to less than this."""
 
 STAGES = {"analyse": "analysing", "fit": "fitting"}
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a table; every column but the first is right-aligned."""
-    grid = Table(title=title, title_justify="left", header_style="bold", title_style="bold")
+    """Print a table; columns of numbers are right-aligned. What does not fit is folded, names in front last."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    texts = [i for i in range(len(columns)) if not all(row[i][:1].isdigit() for row in cells if row[i])]
+    excess = sum(widths) + GAP * len(widths) - console.width
+    longest = max(texts[1:], key=widths.__getitem__, default=None)  # after the names, which nobody should have to join
+    grid = _grid(title)
     for i, column in enumerate(columns):
-        grid.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
-    for row in rows:
-        grid.add_row(*(str(cell) for cell in row))
-    console.print(grid)
+        grid.add_column(
+            column,
+            justify="left" if i in texts else "right",
+            overflow="fold",
+            max_width=max(MIN_FOLDED, widths[i] - excess) if i == longest and excess > 0 else None,
+        )
+    for row in cells:
+        grid.add_row(*row)
+    console.print(grid, "")
+
+
+def facts(title: str, rows: Sequence[tuple[str, Any]]) -> None:
+    """Print labels with their values."""
+    grid = _grid(title, show_header=False)
+    for label, value in rows:
+        grid.add_row(label, str(value))
+    console.print(grid, "")
+
+
+def _grid(title: str, *, show_header: bool = True) -> Table:
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        header_style="bold",
+        show_header=show_header,
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, GAP - 1, 0, 0),
+    )
+
+
+def say(text: str) -> None:
+    """Print a line."""
+    console.print(text, soft_wrap=True)
+
+
+def foldable(structure: object) -> str:
+    """`kronecker(left=2x2, ...)` with a place before the sizes where a narrow table may break the line."""
+    return str(structure).replace("(", " (", 1)
 
 
 def count(n: int) -> str:
@@ -36,37 +84,38 @@ def count(n: int) -> str:
     return f"{n:,}"
 
 
-def size(num_bytes: int) -> str:
+def size(num_bytes: float) -> str:
     """Bytes as `12.3 MB` (powers of ten)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000 or unit == "GB":
+    for unit in ("B", "kB", "MB"):
+        if num_bytes < 1000:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes = num_bytes / 1000  # type: ignore[assignment]
-    raise AssertionError
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} GB"
 
 
 @contextmanager
 def progress_bar() -> Iterator["OnProgress"]:
     """A progress bar on the standard error: layer, error, time left. Silent when that is not a terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich import progress as bars
+    from rich.table import Column
 
     columns = (
-        TextColumn("{task.description:<10}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[layer]}"),
+        bars.TextColumn("{task.description:<10}", markup=False),
+        bars.BarColumn(bar_width=30),
+        bars.MofNCompleteColumn(),
+        bars.TimeRemainingColumn(),
+        bars.TextColumn("{task.fields[layer]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
     )
-    with Progress(*columns, console=progress_console, disable=not progress_console.is_terminal) as bar:
+    with bars.Progress(*columns, console=progress_console, disable=not progress_console.is_terminal) as bar:
         tasks: dict[str, Any] = {}
 
         def show(step: "Progress") -> None:
             if step.stage not in tasks:
                 tasks[step.stage] = bar.add_task(STAGES[step.stage], total=step.total, layer="")
-            error = "" if step.error is None else f"  error {step.error:.3f}"
-            bar.update(tasks[step.stage], completed=step.done, layer=step.name + error)
+            error = "" if step.error is None else f"error {step.error:.3f}  "
+            bar.update(tasks[step.stage], completed=step.done, layer=error + step.name)
 
-        yield show  # type: ignore[misc]
+        yield show
 
 
 def plan(plan: "Plan") -> None:
@@ -75,7 +124,7 @@ def plan(plan: "Plan") -> None:
         (
             p.site.name,
             f"{p.site.rows} x {p.site.cols}",
-            p.structure,
+            foldable(p.structure),
             count(p.params),
             f"{p.site.num_params / p.params:.1f}",
             count(p.macs),
@@ -83,14 +132,12 @@ def plan(plan: "Plan") -> None:
         )
         for p in plan.sites
     ]
-    table("Plan", ("layer", "weight", "structure", "params", "ratio", "MACs/token", "expected error"), rows)
+    table("Plan", ("layer", "weight", "structure", "params", "ratio", "MACs", "error"), rows)
     left_dense(plan.left)
     gap = "" if plan.gap is None else f"; at most {plan.gap:.2%} from the least possible loss"
-    console.print(
-        f"whole model {count(plan.num_params)} -> {count(plan.params_after)} parameters, ratio {plan.ratio:.3f}; "
-        f"multiply-adds in these layers {count(plan.dense_macs)} -> {count(plan.macs)} per token{gap}",
-        highlight=False,
-    )
+    say(f"Whole model: {count(plan.num_params)} -> {count(plan.params_after)} parameters, ratio {plan.ratio:.3f}{gap}.")
+    say(f"Multiply-adds (MACs) per token in these layers: {count(plan.dense_macs)} -> {count(plan.macs)}.")
+    say("Errors are relative to the norm of the weight (Frobenius) and expected, not yet measured.")
 
 
 def report(report: "Report") -> None:
@@ -100,16 +147,17 @@ def report(report: "Report") -> None:
         before, after = sum(s.params_before for s in sites), sum(s.params_after for s in sites)
         errors = [s.relative_error for s in sites]
         kinds = sorted({s.structure for s in sites})
-        structures = kinds[0] if len(kinds) == 1 else f"{len(kinds)} structures, e.g. {kinds[0]}"
-        spread = f"{sum(errors) / len(errors):.3f}" + (
-            f" ({min(errors):.3f}-{max(errors):.3f})" if len(sites) > 1 else ""
+        methods = " and ".join(sorted({s.method for s in sites}))
+        structures = foldable(kinds[0]) if len(kinds) == 1 else f"{methods}, {len(kinds)} sizes"
+        mean, worst = sum(errors) / len(errors), max(errors)
+        rows.append(
+            (group, len(sites), structures, count(after), f"{before / after:.1f}", f"{mean:.3f}", f"{worst:.3f}")
         )
-        rows.append((group, len(sites), structures, count(after), f"{before / after:.1f}", spread))
-    table("Replaced layers", ("layers", "number", "structure", "params", "ratio", "relative error"), rows)
+    table("Replaced layers", ("layers", "number", "structure", "params", "ratio", "error", "worst"), rows)
     left_dense(report.left)
     slower = [s.name for s in report.sites if s.macs_after > s.macs_before > 0]
     if slower:
-        console.print(f"[yellow]Warning:[/] slower than dense, as you allowed: {', '.join(slower)}")
+        say(f"Warning: slower than dense, as you allowed: {', '.join(slower)}")
 
 
 def left_dense(left: Sequence[Any], most: int = 8) -> None:

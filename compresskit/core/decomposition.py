@@ -16,6 +16,9 @@ from compresskit.core.modules import FactorizedEmbedding, FactorizedLinear
 from compresskit.core.structure import Structure
 from compresskit.errors import BudgetError, StructureError, WeightError
 
+CHUNK_ROWS = 4096
+"""Rows of a large weight that are widened at a time."""
+
 
 class Analysis(ABC):
     """What a decomposition knows of one weight: prices every structure and then fits the chosen one.
@@ -198,10 +201,17 @@ def as_matrix(weight: Tensor, name: str = "this weight") -> Tensor:
     return matrix
 
 
+def squared_norm(matrix: Tensor) -> float:
+    """`||matrix||_F^2`, summed in float64 piece by piece, so that no float64 copy of a large weight is made."""
+    return sum(float(part.double().square().sum()) for part in matrix.split(CHUNK_ROWS))
+
+
 def relative_error(weight: Tensor, approximation: Tensor) -> float:
-    """`||weight - approximation||_F / ||weight||_F`, 0 if both are zero; norms are safe from overflow."""
-    scale = weight.abs().max()
+    """`||weight - approximation||_F / ||weight||_F`, 0 if both are zero; safe from overflow."""
+    scale = float(weight.abs().max())
     if scale == 0:
         return 0.0 if not approximation.any() else math.inf
-    error = torch.linalg.vector_norm((weight - approximation) / scale, dtype=torch.float64)
-    return float(error / torch.linalg.vector_norm(weight / scale, dtype=torch.float64))
+    pieces = zip(weight.split(CHUNK_ROWS), approximation.split(CHUNK_ROWS), strict=True)
+    error = sum(squared_norm((mine - theirs) / scale) for mine, theirs in pieces)
+    energy = sum(squared_norm(mine / scale) for mine in weight.split(CHUNK_ROWS))
+    return math.sqrt(error / energy)

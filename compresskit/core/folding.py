@@ -58,8 +58,8 @@ class Unfolding:
     def __init__(self, matrix: Tensor) -> None:
         self._tall = matrix.shape[0] > matrix.shape[1]
         values, vectors = torch.linalg.eigh(gram(matrix if self._tall else matrix.T))
-        self.energies = values.flip(0).clamp_min(0)  # squared singular values, float64
-        self._vectors = vectors.flip(-1).to(matrix.dtype)  # right singular vectors if tall, else left ones
+        self.energies: Tensor = values.flip(0).clamp_min(0)  # squared singular values, float64
+        self._vectors: Tensor = vectors.flip(-1).to(matrix.dtype)  # right singular vectors if tall, else left ones
 
     def coordinates(self, matrix: Tensor, k: int) -> Tensor:
         """(k, rest): the matrix in the first k basis vectors; row j has norm sqrt(energies[j])."""

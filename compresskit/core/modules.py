@@ -94,6 +94,7 @@ class FactorizedLinear(FactorizedModule):
 
     def __init__(self, structure: Structure, factors: Mapping[str, Tensor], bias: Tensor | None = None) -> None:
         super().__init__(structure)
+        self.in_features, self.out_features = structure.cols, structure.rows  # callers assign them, as nn.Linear
         if bias is not None and bias.shape != (structure.rows,):
             raise StructureError(f"the bias of {structure.rows} outputs has shape {tuple(bias.shape)}")
         for name, spec in _check(structure, factors).items():
@@ -105,14 +106,6 @@ class FactorizedLinear(FactorizedModule):
             else:
                 self.register_parameter(name, parameter)
         self.register_parameter("bias", None if bias is None else _as_parameter(bias))
-
-    @property
-    def in_features(self) -> int:
-        return self.structure.cols
-
-    @property
-    def out_features(self) -> int:
-        return self.structure.rows
 
     def factor_keys(self) -> dict[str, str]:
         specs = self.structure.factor_specs()

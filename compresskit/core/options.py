@@ -51,6 +51,12 @@ def option_text(value: Any) -> str:
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def describe_options(cls: type) -> dict[str, tuple[str, str]]:
+    """Option name -> (its type for people, its default as text)."""
+    hints = option_types(cls)
+    return {f.name: (describe(hints[f.name]), option_text(f.default)) for f in dataclasses.fields(cls) if f.init}
+
+
 def describe(hint: Any) -> str:
     """A type for people: `integer`, `2 integers as AxB`, `left or right`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)

@@ -56,7 +56,9 @@ def linear(x: Tensor, factor: Factor, bias: Tensor | None = None) -> Tensor:
     """
     if isinstance(factor, Tensor):
         return F.linear(x, factor, bias)
-    if type(factor) is nn.Linear and not factor._forward_hooks and not factor._forward_pre_hooks:
+    if type(factor) is nn.Linear and not (
+        factor._forward_hooks or factor._forward_pre_hooks or "forward" in vars(factor)
+    ):  # accelerate puts a forward on the instance, which fetches offloaded weights
         return F.linear(x, factor.weight, bias)
     y: Tensor = factor(x)
     return y if bias is None else y + bias.to(y.dtype)  # under autocast y is narrower

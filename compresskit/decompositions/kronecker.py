@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compresskit.core.decomposition import Analysis, Decomposition
+from compresskit.core.decomposition import Analysis, Decomposition, squared_norm
 from compresskit.core.registry import register
 from compresskit.core.structure import Factor, Structure, TensorSpec, linear, tensor_of
 from compresskit.errors import OptionError, StructureError
@@ -23,6 +23,8 @@ from compresskit.errors import OptionError, StructureError
 MAX_SMALL_SIDE = 64
 MAX_SMALL_SIZE = 576
 """The menu offers small factors up to this many entries: the side of the Gram matrix that prices them."""
+MAX_KEPT_SIZE = 64
+"""Gram matrices up to this side are kept from pricing to fitting."""
 MAX_PADDING = 0.01
 """Share of padded rows that the menu tolerates where the rows have too few divisors."""
 
@@ -52,7 +54,7 @@ class KroneckerSum(Structure):
         if len(self.left) != 2 or len(self.right) != 2 or min(*self.left, *self.right, self.terms) < 1:
             raise StructureError(f"Kronecker factors have two sizes each and at least one term, got {self}")
         (p, q), (r, s) = self.left, self.right
-        if q * s != self.cols or not p * (r - 1) < self.rows <= p * r:
+        if q * s != self.cols or not _covers(p, r, self.rows):
             raise StructureError(f"({p} x {q}) (x) ({r} x {s}) does not make {self.rows} x {self.cols}")
         if self.terms > min(p * q, r * s):
             raise StructureError(f"{self.terms} terms: {min(p * q, r * s)} already make any weight of this shape")
@@ -152,6 +154,11 @@ class KroneckerSum(Structure):
         return (row if self.small_left else row.mT).flatten(-2)
 
 
+def _covers(p: int, r: int, rows: int) -> bool:
+    """Whether p blocks of r rows hold all rows, and neither fewer blocks nor smaller ones would."""
+    return max(p * (r - 1), (p - 1) * r) < rows <= p * r
+
+
 @register
 @final
 @dataclass(frozen=True)
@@ -199,7 +206,7 @@ class Kronecker(Decomposition):
     def _fixed(self, rows: int, cols: int) -> Iterator[Structure]:
         (p, q) = self.left or (-(-rows // self.right[0]), cols // self.right[1])  # type: ignore[index]
         (r, s) = self.right or (-(-rows // p), cols // q)
-        if q * s == cols and p * (r - 1) < rows <= p * r and self.terms <= min(p * q, r * s):
+        if q * s == cols and _covers(p, r, rows) and self.terms <= min(p * q, r * s):
             yield KroneckerSum(rows, cols, (p, q), (r, s), self.terms)
 
     def analyse(self, weight: Tensor) -> Analysis:
@@ -233,20 +240,31 @@ class _KroneckerAnalysis(Analysis):
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight
-        self._energy = float(torch.linalg.vector_norm(weight, dtype=torch.float64) ** 2)
+        self._energy = squared_norm(weight)
         self._grams: dict[tuple[bool, int, int], Tensor] = {}
         self._spectra: dict[tuple[bool, int, int], Tensor] = {}
 
     def squared_errors(self, structures: Sequence[Structure]) -> list[float]:
-        self._prepare_grids({_grid(structure) for structure in structures})
+        self._prepare_spectra({_grid(structure) for structure in structures})
         return [max(self._energy - self._kept(structure), 0.0) for structure in structures]
 
     def _kept(self, structure: Structure) -> float:
         assert isinstance(structure, KroneckerSum)
-        key = _grid(structure)
-        if key not in self._spectra:
-            self._spectra[key] = torch.linalg.eigvalsh(self._gram(key).double())
-        return float(self._spectra[key][-structure.terms :].sum())
+        return float(self._spectra[_grid(structure)][-structure.terms :].sum())
+
+    def _prepare_spectra(self, keys: set[tuple[bool, int, int]]) -> None:
+        """Spectra of all these grids, coarse Gram matrices from the next finer ones, equal sizes in one call."""
+        missing = sorted(keys - self._spectra.keys(), key=lambda key: (-key[1] * key[2], key))
+        self._prepare_grids(missing)
+        by_size: dict[int, list[tuple[bool, int, int]]] = {}
+        for key in missing:
+            self._gram(key)
+            by_size.setdefault(key[1] * key[2], []).append(key)
+        for same in by_size.values():
+            values = torch.linalg.eigvalsh(torch.stack([self._gram(key) for key in same]).double())
+            self._spectra.update(zip(same, values, strict=True))
+        for key in [key for key in self._grams if key[1] * key[2] > MAX_KEPT_SIZE]:
+            del self._grams[key]  # quicker to compute again for the one that is chosen than to keep for all sites
 
     def factors(self, structure: Structure) -> dict[str, Tensor]:
         assert isinstance(structure, KroneckerSum)
@@ -259,11 +277,11 @@ class _KroneckerAnalysis(Analysis):
         wide = torch.where(scale > 0, wide / scale, 0.0)
         return structure.pack((top * scale).view(k, p, q), wide.view(k, r, s))
 
-    def _prepare_grids(self, keys: set[tuple[bool, int, int]]) -> None:
-        """Compute the Gram matrices of as few, as fine grids as cover all of `keys`."""
+    def _prepare_grids(self, keys: Sequence[tuple[bool, int, int]]) -> None:
+        """Compute the Gram matrices of as few, as fine grids as cover all of `keys`, given largest first."""
         rows, cols = self._weight.shape
         grids: list[tuple[bool, int, int]] = []
-        for left, p, q in sorted(keys, key=lambda key: -key[1] * key[2]):
+        for left, p, q in keys:
             for i, (other, big_p, big_q) in enumerate(grids):
                 fine = (left, math.lcm(p, big_p), math.lcm(q, big_q))
                 if left == other and fine[1] * fine[2] <= MAX_SMALL_SIZE and rows % fine[1] == cols % fine[2] == 0:
@@ -277,7 +295,7 @@ class _KroneckerAnalysis(Analysis):
     def _gram(self, key: tuple[bool, int, int]) -> Tensor:
         """Inner products of the blocks (p * q, p * q), row-major over the small factor's entries."""
         if key not in self._grams:
-            finer = next((grid for grid in self._grams if self._refines(grid, key)), None)
+            finer = min((g for g in self._grams if self._refines(g, key)), key=lambda g: g[1] * g[2], default=None)
             self._grams[key] = self._from_blocks(key) if finer is None else _coarsen(self._grams[finer], finer, key)
         return self._grams[key]
 

@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compresskit.core.decomposition import Analysis, Decomposition
+from compresskit.core.decomposition import Analysis, Decomposition, squared_norm
 from compresskit.core.registry import register
 from compresskit.core.structure import Factor, Structure, TensorSpec, linear
 from compresskit.errors import OptionError, StructureError
 
 EXACT_SIDE = 2048
 """`auto` computes the whole spectrum up to this short side (about a second there on two cores)."""
-OVERSAMPLING = 16
-POWER_ITERATIONS = 3
+OVERSAMPLING = 32
+POWER_ITERATIONS = 4
+"""Then, on the weights of all-MiniLM-L6-v2, the error is within 1 % of the optimum up to half of the full rank."""
 
 
 @final
@@ -137,7 +138,7 @@ class _RandomizedAnalysis(Analysis):
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight
-        self._energy = float(torch.linalg.vector_norm(weight, dtype=torch.float64) ** 2)
+        self._energy = squared_norm(weight)
         self._triples: tuple[Tensor, Tensor, Tensor] | None = None
 
     def squared_errors(self, structures: Sequence[Structure]) -> list[float]:

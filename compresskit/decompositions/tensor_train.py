@@ -30,7 +30,7 @@ Pair = tuple[int, int]
 
 @final
 @dataclass(frozen=True)
-class TensorTrain(Structure):
+class TrainCores(Structure):
     """W (rows, cols) = (first (x) 1) @ left @ right @ (1 (x) last): cores of the modes r1, r2, c1, c2 in this order.
 
     `row_modes` (r1, r2) and `col_modes` (c1, c2) fold the sides; `ranks` (s1, s2, s3) link the cores first (r1, s1),
@@ -78,7 +78,7 @@ class TensorTrain(Structure):
             return linear(z, factors["left"], bias)
         grid = linear(z, factors["left"]).unflatten(-1, (self.ranks[0], self.row_modes[1]))
         y = torch.matmul(tensor_of(factors["first"]), grid).flatten(-2)  # (..., r1 * r2)
-        return y if bias is None else y + bias
+        return y if bias is None else y + bias.to(y.dtype)  # under autocast y is narrower
 
     def take_rows(self, index: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
         left, s1, r2 = factors["left"], self.ranks[0], self.row_modes[1]
@@ -94,7 +94,8 @@ class TensorTrain(Structure):
         y = z @ factors["right"]
         if "last" not in factors:
             return y
-        return (y.unflatten(-1, (self.col_modes[0], self.ranks[2])) @ factors["last"]).flatten(-2)
+        grid: Tensor = y.unflatten(-1, (self.col_modes[0], self.ranks[2]))
+        return (grid @ factors["last"]).flatten(-2)
 
     @property
     def _col_macs(self) -> int:
@@ -121,7 +122,7 @@ def _possible(row_modes: Pair, col_modes: Pair, ranks: tuple[int, int, int]) -> 
 @register
 @final
 @dataclass(frozen=True)
-class TensorTrainSVD(Decomposition):
+class TensorTrain(Decomposition):
     """Tensor-train decomposition of the weight, each side folded to the two factors of its size nearest to each other.
 
     Rows that are looked up one at a time (embeddings) are not folded.
@@ -133,7 +134,7 @@ class TensorTrainSVD(Decomposition):
     name: ClassVar[str] = "tensor-train"
     summary: ClassVar[str] = "W folded to a 4-way tensor ~ a chain of cores, cut in the middle like an SVD"
     source: ClassVar[str] = "Oseledets 2011; tensorly"
-    structures: ClassVar[tuple[type[Structure], ...]] = (TensorTrain,)
+    structures: ClassVar[tuple[type[Structure], ...]] = (TrainCores,)
 
     ranks: tuple[int, int, int] | None = None
 
@@ -150,7 +151,7 @@ class TensorTrainSVD(Decomposition):
         grid = ((s1, s2, s3) for s1, s3, s2 in rank_triples(r1, c2, lambda s1, s3: min(s1 * r2, c1 * s3)))
         for ranks in [self.ranks] if self.ranks else grid:
             if _possible(row_modes, col_modes, ranks):
-                structure = TensorTrain(rows, cols, row_modes, col_modes, ranks)
+                structure = TrainCores(rows, cols, row_modes, col_modes, ranks)
                 if structure.num_params < rows * cols >= structure.macs:
                     yield structure
 
@@ -165,13 +166,13 @@ class _TensorTrainAnalysis(Analysis):
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight
         self._middle = Unfolding(weight.T)
-        self._tails: dict[tuple[int, int], Tensor] = {}
+        self._tails: dict[tuple[int, int], list[float]] = {}
 
     def squared_errors(self, structures: Sequence[Structure]) -> list[float]:
         """The bound of TT-SVD: what each of the three cuts would drop alone, added up."""
         return [self._bound(_checked(structure)) for structure in structures]
 
-    def _bound(self, s: TensorTrain) -> float:
+    def _bound(self, s: TrainCores) -> float:
         (r1, r2), (c1, c2), (s1, s2, s3) = s.row_modes, s.col_modes, s.ranks
         return self._tail((s.rows, s.cols), s2) + self._tail((r1, r2 * s.cols), s1) + self._tail((s.rows * c1, c2), s3)
 
@@ -182,12 +183,12 @@ class _TensorTrainAnalysis(Analysis):
         if shape not in self._tails:
             whole = shape == tuple(self._weight.shape)
             unfolding = self._middle if whole else Unfolding(self._weight.reshape(shape))
-            self._tails[shape] = unfolding.energies.flip(0).cumsum(0).flip(0)
-        return float(self._tails[shape][rank])
+            self._tails[shape] = unfolding.energies.flip(0).cumsum(0).flip(0).tolist()
+        return self._tails[shape][rank]
 
     def factors(self, structure: Structure) -> dict[str, Tensor]:
         s = _checked(structure)
-        (r1, r2), (c1, c2), (s1, s2, s3) = s.row_modes, s.col_modes, s.ranks
+        (c1, c2), (s1, s2, s3) = s.col_modes, s.ranks
         first, left = self._row_cores(s)
         basis = left if first is None else (first @ left.reshape(s1, -1)).reshape(s.rows, s2)
         right = basis.T @ self._weight  # (s2, cols): the best for this left side
@@ -203,7 +204,7 @@ class _TensorTrainAnalysis(Analysis):
             factors["first"] = first
         return {name: factors[name] for name in s.factor_specs()}
 
-    def _row_cores(self, s: TensorTrain) -> tuple[Tensor | None, Tensor]:
+    def _row_cores(self, s: TrainCores) -> tuple[Tensor | None, Tensor]:
         """First (r1, s1), or None if its rank is full, and left (s1 * r2, s2), orthonormal together."""
         (r1, r2), (s1, s2, _) = s.row_modes, s.ranks
         if s1 == r1:
@@ -214,8 +215,8 @@ class _TensorTrainAnalysis(Analysis):
         return first, left.reshape(s1 * r2, s2)
 
 
-def _checked(structure: Structure) -> TensorTrain:
-    assert isinstance(structure, TensorTrain)
+def _checked(structure: Structure) -> TrainCores:
+    assert isinstance(structure, TrainCores)
     return structure
 
 

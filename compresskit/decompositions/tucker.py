@@ -93,15 +93,26 @@ class TuckerTensor(Structure):
         return _mix(z, self.row_ranks, self.row_modes, factors.get("row_first"), factors.get("row_last"), bias)
 
     def take_rows(self, index: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
-        core = factors["core"]
-        if self.row_ranks == self.row_modes:
-            return self._expand_cols(F.embedding(index, core), factors)
-        (n1, n2), last = self.row_modes, factors.get("row_last")
-        picked = _pick(index % n2, last, n2, core)  # (..., r2)
-        if n1 > 1:
-            first = _pick(index // n2, factors.get("row_first"), n1, core)  # (..., r1)
-            picked = (first[..., :, None] * picked[..., None, :]).flatten(-2)
-        return self._expand_cols(picked @ core, factors)
+        return self._expand_cols(self._core_rows(index, factors), factors)
+
+    def _core_rows(self, index: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
+        """Rows of (row_first (x) row_last) @ core: (...) -> (..., product of col ranks)."""
+        core, first, last = factors["core"], factors.get("row_first"), factors.get("row_last")
+        (n1, n2), (r1, r2) = self.row_modes, self.row_ranks
+        if first is None and last is None:
+            return F.embedding(index, core)
+        if n1 == 1 and last is not None:
+            return F.embedding(index, last) @ core
+        i, j = index // n2, index % n2
+        if first is not None and last is not None:
+            outer = F.embedding(i, first)[..., :, None] * F.embedding(j, last)[..., None, :]  # (..., r1, r2)
+            return outer.flatten(-2) @ core
+        if first is not None:
+            mix, rows = F.embedding(i, first), j[..., None] + r2 * torch.arange(r1, device=index.device)
+        else:
+            assert last is not None
+            mix, rows = F.embedding(j, last), i[..., None] * r2 + torch.arange(r2, device=index.device)
+        return (mix[..., None, :] @ F.embedding(rows, core)).squeeze(-2)
 
     def _expand_cols(self, z: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
         """Z @ (col_first (x) col_last): (..., product of col ranks) -> (..., cols)."""
@@ -115,11 +126,13 @@ class TuckerTensor(Structure):
 
     @property
     def lookup_macs(self) -> int:
+        (n1, n2), (r1, r2) = self.row_modes, self.row_ranks
         expand = min(_orders(self.col_ranks, self.col_modes))
         if self.row_ranks == self.row_modes:
             return expand
-        outer = math.prod(self.row_ranks) if self.row_modes[0] > 1 else 0
-        return outer + math.prod(self.ranks) + expand
+        mixed = (r1 if r1 < n1 else 1) * (r2 if r2 < n2 else 1)  # rows of the core that make up one row
+        outer = mixed if r1 < n1 and r2 < n2 else 0
+        return outer + mixed * math.prod(self.col_ranks) + expand
 
 
 def _possible(modes: Sequence[int], ranks: Sequence[int]) -> bool:
@@ -141,8 +154,8 @@ def _mix(
     """(first (x) last) on the last axis, in the cheaper order: (..., product of ins) -> (..., product of outs)."""
     if ins[0] == outs[0] == 1 and last is not None:
         return linear(x, last, bias)
-    if first is None and last is None:
-        return x if bias is None else x + bias
+    if ins == outs and bias is None:
+        return x
     grid = x.unflatten(-1, ins)
     last_before, last_after = _orders(ins, outs)
     if last is not None and last_before <= last_after:
@@ -151,13 +164,8 @@ def _mix(
         grid = torch.matmul(tensor_of(first), grid)
     if last is not None and last_before > last_after:
         grid = linear(grid, last)
-    y = grid.flatten(-2)
-    return y if bias is None else y + bias
-
-
-def _pick(index: Tensor, factor: Tensor | None, size: int, like: Tensor) -> Tensor:
-    """Rows of a factor, of the identity if there is none."""
-    return F.one_hot(index, size).to(like.dtype) if factor is None else F.embedding(index, factor)
+    y: Tensor = grid.flatten(-2)
+    return y if bias is None else y + bias.to(y.dtype)  # under autocast y is narrower
 
 
 @register

@@ -5,9 +5,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from compresskit.core.modules import FactorizedModule
 from compresskit.errors import CheckpointError
-from compresskit.hub.names import Model, spellings
+from compresskit.hub.names import Model, factor_shapes, reader
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -44,11 +43,12 @@ def check_factors(model: Model, shapes: Shapes) -> None:
     Raises:
         CheckpointError: names the tensors that are missing or of another shape.
     """
-    wrong: list[str] = []
+    read = reader(model)
+    stored = {read(name): shape for name, shape in shapes.items()}
     twins = _twins(model)
-    for name, shape in _wanted(model).items():
-        names = [s for twin in twins.get(name, {name}) for s in spellings(twin, model.base_model_prefix)]
-        found = next((shapes[spelling] for spelling in names if spelling in shapes), None)
+    wrong: list[str] = []
+    for name, shape in factor_shapes(model).items():
+        found = next((stored[twin] for twin in (name, *twins.get(name, ())) if twin in stored), None)
         if found is None:
             wrong.append(f"{name} {shape} is missing")
         elif found != shape:
@@ -59,15 +59,6 @@ def check_factors(model: Model, shapes: Shapes) -> None:
             f"the map in config.json does not fit the weights: {'; '.join(wrong[:3])}{more}. Both files must come from "
             "one save"
         )
-
-
-def _wanted(model: Model) -> dict[str, tuple[int, ...]]:
-    return {
-        f"{name}.{key}": tuple(parameter.shape)
-        for name, module in model.named_modules()
-        if isinstance(module, FactorizedModule)
-        for key, parameter in module.named_parameters()
-    }
 
 
 def _twins(model: Model) -> dict[str, set[str]]:

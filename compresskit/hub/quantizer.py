@@ -13,12 +13,11 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from compresskit.core.modules import FactorizedModule
 from compresskit.errors import CheckpointError
 from compresskit.hub.config import QUANT_METHOD, CompresskitConfig, sites_json
 from compresskit.hub.files import check_factors, tensor_shapes
-from compresskit.hub.guard import ignore_sentinels_, sentinels
-from compresskit.hub.names import Model, resolve_names
+from compresskit.hub.guard import ignore_sentinels_, sentinel_names, sentinels
+from compresskit.hub.names import Model, factor_shapes, reader, resolve_names, stored_layout
 from compresskit.hub.tied import tie_factors_
 from compresskit.surgery.layout import dequantize_, install_, layout_of
 
@@ -50,9 +49,9 @@ class CompresskitQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: Model, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> Model:
         layout = self.quantization_config.layout()
+        ignore_sentinels_(model, map(reader(model), sentinel_names(layout)))
         install_(model, resolve_names(model, layout))
         tie_factors_(model)
-        ignore_sentinels_(model, layout)
         if checkpoint_files is not None:
             check_factors(model, tensor_shapes(checkpoint_files))
         return model
@@ -64,12 +63,10 @@ class CompresskitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_state_dict_and_metadata(self, model: Model) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """Tensors to save, sentinels included. The first hook of saving, so it brings the map up to date too."""
-        layout = layout_of(model)
-        if not layout:  # all layers were made dense again: an ordinary checkpoint
+        if not layout_of(model):  # all layers were made dense again: an ordinary checkpoint
             _detach_(model)
             return None, {}
-        self.quantization_config.sites = sites_json(layout)
-        model.config.quantization_config = self.quantization_config
+        _describe_(model, self)
         return {**model.state_dict(), **sentinels(model)}, {}
 
     def dequantize(self, model: Model, dtype: torch.dtype | None = None) -> Model:
@@ -117,9 +114,8 @@ def mark_compressed(model: nn.Module, provenance: Mapping[str, Any] | None = Non
     """
     check_unquantized(model)
     for part in _outermost(model):
-        if layout := layout_of(part):
-            config = CompresskitConfig(sites_json(layout), dict(provenance or {}))
-            _attach_(part, CompresskitQuantizer(config))
+        if layout_of(part):
+            _attach_(part, CompresskitQuantizer(CompresskitConfig(provenance=dict(provenance or {}))))
 
 
 def _outermost(model: nn.Module) -> list[Model]:
@@ -134,23 +130,27 @@ def _parts(model: Model) -> list[Model]:
 
 
 def _attach_(model: Model, quantizer: CompresskitQuantizer) -> None:
-    layout = layout_of(model)
-    quantizer.quantization_config.sites = sites_json(layout)
-    model.config.quantization_config = quantizer.quantization_config
     model.quantization_method = QUANT_METHOD
     model.is_quantized = False  # or `.half()` and `.float()` refuse
     for part in _parts(model):
         part.hf_quantizer = quantizer
-        part._weight_conversions = []  # save under the names of the map: factors have no legacy names
         part.config._is_quantized = True  # flash attention then asks the config for the dtype, not the first nn.Linear
     tie_factors_(model)
-    ignore_sentinels_(model, layout)
+    _describe_(model, quantizer)
+
+
+def _describe_(model: Model, quantizer: CompresskitQuantizer) -> None:
+    """Write into the config what the model is now."""
+    quantizer.quantization_config.sites = sites_json(stored_layout(model))
+    model.config.quantization_config = quantizer.quantization_config
 
 
 def _detach_(model: Model) -> None:
     for part in _parts(model):
         part.is_quantized = False
-        for name in ("hf_quantizer", "quantization_method", "_weight_conversions"):
+        if part.__dict__.get("_weight_conversions") == []:
+            del part._weight_conversions
+        for name in ("hf_quantizer", "quantization_method"):
             part.__dict__.pop(name, None)
         for name in ("quantization_config", "_is_quantized"):
             part.config.__dict__.pop(name, None)
@@ -161,13 +161,8 @@ def _refuse_random(model: Model) -> None:
     """Raise CheckpointError if a factor was not loaded, under whatever name transformers looked for it."""
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         return  # tensors were moved to several devices and lost transformers' flag
-    random = [
-        f"{name}.{key}"
-        for name, module in model.named_modules()
-        if isinstance(module, FactorizedModule)
-        for key, parameter in module.named_parameters()
-        if not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False)
-    ]
+    factors = {name: model.get_parameter(name) for name in factor_shapes(model)}
+    random = [name for name, p in factors.items() if not (p.is_meta or getattr(p, "_is_hf_initialized", False))]
     if random:
         raise CheckpointError(
             f"transformers found no tensor for {', '.join(random[:3])}{' and more' if random[3:] else ''}; the names "

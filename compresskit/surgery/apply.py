@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
+import torch
 from torch import Tensor, nn
 
 from compresskit.core.decomposition import Analysis, Fitted, as_matrix, module_from
@@ -15,7 +16,7 @@ from compresskit.errors import PlanError, WeightError
 from compresskit.surgery.layout import swap_
 from compresskit.surgery.plan import Plan, PlannedSite, group_name
 from compresskit.surgery.pricing import OnProgress, Progress
-from compresskit.surgery.sites import Refusal, count_params, site_weight
+from compresskit.surgery.sites import Refusal, count_params, find_sites, site_weight
 
 
 @final
@@ -125,6 +126,7 @@ def apply_(
     before, before_bytes, before_embedding = count_params(model), _num_bytes(model), _embedding_params(model)
     if before != plan.num_params:
         raise PlanError(f"the plan was made for a model of {plan.num_params:,} parameters, this one has {before:,}")
+    _refuse_strangers(model, plan)
     modules: dict[str, nn.Module] = {}
     reports: list[SiteReport] = []
     energy = lost = 0.0
@@ -151,6 +153,17 @@ def apply_(
     )
 
 
+def _refuse_strangers(model: nn.Module, plan: Plan) -> None:
+    known = set(find_sites(model).sites)
+    strangers = [planned.site for planned in plan.sites if planned.site not in known]
+    if strangers:
+        named = ", ".join(f"{site.name} ({site.rows} x {site.cols})" for site in strangers[:3])
+        raise PlanError(
+            f"the plan was made for another model, or this one has changed since: {len(strangers)} of its "
+            f"{len(plan.sites)} sites cannot be replaced here as planned: {named}{', ...' if strangers[3:] else ''}"
+        )
+
+
 def _fit(model: nn.Module, planned: PlannedSite, analysis: Analysis | None) -> tuple[Fitted, float]:
     """The fit and the norm of the weight."""
     site, decomposition = planned.site, planned.decomposition
@@ -158,7 +171,7 @@ def _fit(model: nn.Module, planned: PlannedSite, analysis: Analysis | None) -> t
     fitted = decomposition.fit_analysed(matrix, analysis or decomposition.analyse(matrix), planned.structure)
     if not math.isfinite(fitted.relative_error):
         raise WeightError(f"fitting {site.name!r} with {planned.structure} gave values that are not finite")
-    return fitted, float(matrix.norm())
+    return fitted, float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
 
 
 def _modules(model: nn.Module, planned: PlannedSite, fitted: Fitted) -> dict[str, nn.Module]:
@@ -170,6 +183,10 @@ def _modules(model: nn.Module, planned: PlannedSite, fitted: Fitted) -> dict[str
         name: nn.Parameter(tensor.to(dtype=weight.dtype, device=weight.device), weight.requires_grad)
         for name, tensor in fitted.factors.items()
     }
+    if not all(torch.isfinite(factor).all() for factor in factors.values()):
+        raise WeightError(
+            f"factors of {planned.site.name!r} are too large for {weight.dtype}; load the model in float32"
+        )
     return {name: module_from(fitted.structure, factors, old) for name, old in olds.items()}
 
 

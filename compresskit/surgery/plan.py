@@ -173,8 +173,9 @@ def _planned_from_json(entry: Any, survey: Survey) -> PlannedSite:
     if not isinstance(structure, chosen.structures):
         raise PlanError(f"site {name!r}: {chosen.name} does not fit structures of kind {structure.kind!r}")
     expected = entry.get("expected_error")
-    priced = type(expected) in (int, float) and math.isfinite(expected)
-    return PlannedSite(site, chosen, structure, float(expected) if priced else None)
+    if not isinstance(expected, float) or not math.isfinite(expected):
+        expected = None
+    return PlannedSite(site, chosen, structure, expected)
 
 
 def group_name(name: str) -> str:

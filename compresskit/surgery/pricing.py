@@ -5,10 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
-import torch
 from torch import nn
 
-from compresskit.core.decomposition import Analysis, Decomposition, as_matrix
+from compresskit.core.decomposition import Analysis, Decomposition, as_matrix, squared_norm
 from compresskit.core.structure import Structure
 from compresskit.errors import BudgetError
 from compresskit.surgery.budget import Choice, solve
@@ -102,14 +101,14 @@ def make_plan(
         BudgetError: the rules cannot reach the budget; says what they reach and what holds them back.
         WeightError: a weight holds NaN or infinity, or is no real matrix; names it.
     """
+    menus: Mapping[str, Sequence[Structure]]
     menus = {site.name: _menu(site, d, allow_slower=allow_slower) for site, d in assignment.chosen}
     if max_params is None:
         _refuse_choice(assignment, menus)
     else:
         rest = num_params - sum(site.num_params for site, _ in assignment.chosen)
         _refuse_unreachable(assignment, menus, rest, num_params, max_params)
-        window = _window(assignment, menus, max_params - rest)
-        menus = {site.name: [s for s in menus[site.name] if window(site, s)] for site, _ in assignment.chosen}
+        menus = _narrow(assignment, menus, max_params - rest)
     priced: list[_Priced] = []
     for site, decomposition in assignment.chosen:
         priced.append(_price(model, site, decomposition, menus[site.name]))
@@ -117,6 +116,7 @@ def make_plan(
             on_progress(Progress("analyse", site.name, len(priced), len(assignment.chosen)))
     if max_params is None:
         picks, gap = [(p, len(p.structures) - 1) for p in priced], 0.0
+        _refuse_macs(picks, max_macs)
     else:
         picks, gap = _solve(priced, max_params=max_params - rest, max_macs=max_macs, uniform=uniform)
     planned, dense = _sort_picks(picks)
@@ -140,18 +140,15 @@ def _refuse_choice(assignment: Assignment, menus: Mapping[str, Sequence[Structur
     for site, decomposition in assignment.chosen:
         if len(menus[site.name]) > 1:
             raise BudgetError(
-                f"{decomposition.name} has {len(menus[site.name])} structures for {site.name!r} and nothing to choose by"
-                ": give ratio, params or keep, or options that fix the structure"
+                f"{decomposition.name} has {len(menus[site.name])} structures for {site.name!r}, nothing to choose by: "
+                "give ratio, params or keep, or options that fix the structure"
             )
 
 
 def _refuse_unreachable(
     assignment: Assignment, menus: Mapping[str, Sequence[Structure]], rest: int, num_params: int, max_params: int
 ) -> None:
-    least = {
-        site.name: min((s.num_params + site.extra_params for s in menus[site.name]), default=site.num_params)
-        for site, _ in assignment.chosen
-    }
+    least = {site.name: _least(site, menus[site.name]) for site, _ in assignment.chosen}
     floor = rest + sum(least.values())
     if floor <= max_params:
         return
@@ -161,42 +158,53 @@ def _refuse_unreachable(
         for name, n in least.items()
     ]
     biggest = "; ".join(f"{name} {n:,} ({reason})" for n, name, reason in sorted(holders, reverse=True)[:4])
+    asked = num_params / max_params if max_params else math.inf
+    digits = 10 ** (3 - math.floor(math.log10(num_params / floor)))  # four, rounded down: what it says can be reached
     raise BudgetError(
-        f"ratio {num_params / max_params:.4g} leaves {max_params:,} of {num_params:,} parameters; the highest ratio that "
-        f"these rules reach is {num_params / floor:.4g} ({floor:,} parameters, {rest:,} of them in what no rule "
-        f"touches). Most is held by: {biggest}"
+        f"ratio {asked:.4g} leaves {max_params:,} of {num_params:,} parameters; the highest ratio that these rules "
+        f"reach is {math.floor(num_params / floor * digits) / digits:.4g} ({floor:,} parameters, {rest:,} of them in "
+        f"what no rule touches). Most is held by: {biggest}"
     )
 
 
-def _window(
+def _refuse_macs(picks: Sequence[tuple[_Priced, int]], max_macs: int | None) -> None:
+    macs = sum(priced.choices()[pick].macs for priced, pick in picks)
+    if max_macs is not None and macs > max_macs:
+        raise BudgetError(f"these options take {macs:,} multiply-adds per token together, more than {max_macs:,}")
+
+
+def _narrow(
     assignment: Assignment, menus: Mapping[str, Sequence[Structure]], budget: int
-) -> Callable[[Site, Structure], bool]:
-    """Which structures to price: around the average compression, wider until the smallest ones fit the budget."""
+) -> Mapping[str, Sequence[Structure]]:
+    """What to price: structures around the average compression, wider until the smallest ones fit the budget.
+
+    A site that cannot be compressed nearly that much keeps its smallest structure.
+    """
     average = sum(site.num_params for site, _ in assignment.chosen) / max(budget, 1)
     smaller = float(SMALLER)
 
-    def inside(site: Site, structure: Structure) -> bool:
-        share = site.num_params / structure.num_params
-        return average / LARGER <= share <= average * smaller
+    def narrowed(site: Site) -> Sequence[Structure]:
+        menu = menus[site.name]
+        near = [s for s in menu if average / LARGER <= site.num_params / s.num_params <= average * smaller]
+        return near or sorted(menu, key=lambda s: s.num_params)[:1]
 
-    def least() -> int:
-        return sum(
-            min(
-                (s.num_params + site.extra_params for s in menus[site.name] if inside(site, s)), default=site.num_params
-            )
-            for site, _ in assignment.chosen
-        )
-
-    while least() > budget:
+    while True:
+        near = {site.name: narrowed(site) for site, _ in assignment.chosen}
+        if sum(_least(site, near[site.name]) for site, _ in assignment.chosen) <= budget:
+            return near
         smaller *= 4
-    return inside
+
+
+def _least(site: Site, menu: Sequence[Structure]) -> int:
+    """Fewest parameters that a site can have."""
+    return min((s.num_params + site.extra_params for s in menu), default=site.num_params)
 
 
 def _price(model: nn.Module, site: Site, decomposition: Decomposition, menu: Sequence[Structure]) -> _Priced:
     weight = site_weight(model, site)
     matrix = as_matrix(weight, f"the weight of {site.name!r}")
     analysis = decomposition.analyse(matrix)
-    energy = float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
+    energy = squared_norm(matrix)
     squared = analysis.squared_errors(menu)
     errors = [0.0 if energy == 0 else error / energy for error in squared]
     same_memory = matrix.data_ptr() == weight.data_ptr()  # a widened copy of every weight would double the memory
@@ -231,7 +239,7 @@ def _sum_choices(group: Sequence[_Priced]) -> list[Choice]:
 
 
 def _thin(group: Sequence[_Priced], limit: int) -> list[_Priced]:
-    """At most about `limit` structures: the best of each of `limit` sizes, spaced evenly on a log scale."""
+    """About `limit` structures: the best of each of `limit` sizes, spaced evenly on a log scale, and the smallest."""
     choices = _sum_choices(group)
     if len(choices) <= limit:
         return list(group)
@@ -241,7 +249,8 @@ def _thin(group: Sequence[_Priced], limit: int) -> list[_Priced]:
         bin_ = int((math.log(choice.params) - low) / (high - low) * limit)
         if bin_ not in best or choice.loss < choices[best[bin_]].loss:
             best[bin_] = i
-    kept = sorted({0, *best.values()})
+    smallest = min(range(len(choices)), key=lambda i: (choices[i].params, choices[i].loss))
+    kept = sorted({0, smallest, *best.values()})
     return [
         _Priced(
             p.site, p.decomposition, tuple(p.structures[i] for i in kept), tuple(p.errors[i] for i in kept), p.analysis

@@ -49,7 +49,8 @@ def assign(model: nn.Module, survey: Survey, rules: Sequence[Rule], exclude: Seq
     prefix = getattr(model, "base_model_prefix", "")
     matchers = [_matcher(rule.pattern, prefix) for rule in rules]
     excluders = [_matcher(pattern, prefix) for pattern in exclude]
-    _refuse_idle(survey, [*(rule.pattern for rule in rules), *exclude], [*matchers, *excluders])
+    _refuse_idle(survey, [rule.pattern for rule in rules], matchers)
+    _refuse_idle(survey, exclude, excluders, refused_too=True)
     chosen: list[tuple[Site, Decomposition]] = []
     left = list(survey.refusals)
     for site in survey.sites:
@@ -82,22 +83,31 @@ def _spellings(name: str, prefix: str) -> tuple[str, ...]:
     return (name, name[len(prefix) + 1 :]) if prefix and name.startswith(f"{prefix}.") else (name,)
 
 
-def _refuse_idle(survey: Survey, patterns: Sequence[str], matchers: Sequence[Callable[[str], bool]]) -> None:
-    """Raise PlanError for patterns that match no site; say so if they match only what is refused."""
+def _refuse_idle(
+    survey: Survey, patterns: Sequence[str], matchers: Sequence[Callable[[str], bool]], *, refused_too: bool = False
+) -> None:
+    """Raise PlanError for patterns that match no site, nor, with `refused_too`, anything that is left alone anyway."""
     names = [name for site in survey.sites for name in site.names]
-    idle = [p for p, match in zip(patterns, matchers, strict=True) if not any(map(match, names))]
-    if not idle:
-        return
-    idle_matchers = [match for p, match in zip(patterns, matchers, strict=True) if p in idle]
-    refused = [r for r in survey.refusals if any(match(r.name) for match in idle_matchers)]
-    if refused:
-        raise PlanError(f"these patterns match only what is left alone: {', '.join(idle)}. {_reasons(refused)}")
-    step = max(1, len(names) // SHOWN_NAMES)
-    known = ", ".join(names[::step][:SHOWN_NAMES]) or "(none: this model has no linear layer or embedding to replace)"
-    raise PlanError(f"these patterns match no layer: {', '.join(idle)}. Layers look like: {known}, ...")
+    idle = [(p, match) for p, match in zip(patterns, matchers, strict=True) if not any(map(match, names))]
+    refused = {p: [r for r in survey.refusals if match(r.name)] for p, match in idle}
+    unknown = [p for p, matched in refused.items() if not matched]
+    if unknown:
+        step = max(1, len(names) // SHOWN_NAMES)
+        known = ", ".join(names[::step][:SHOWN_NAMES])
+        raise PlanError(
+            f"these patterns match no layer: {', '.join(unknown)}. "
+            + (
+                f"Layers look like: {known}, ..."
+                if known
+                else f"Nothing here can be replaced: {_reasons(survey.refusals)}"
+            )
+        )
+    if refused and not refused_too:
+        matched = [refusal for refusal in survey.refusals if any(refusal in found for found in refused.values())]
+        raise PlanError(f"these patterns match only what is left alone: {', '.join(refused)}. {_reasons(matched)}")
 
 
 def _reasons(refusals: Sequence[Refusal]) -> str:
-    shown = "; ".join(f"{r.name}: {r.reason}" for r in refusals[:SHOWN_NAMES])
+    shown = "; ".join(f"{r.name or '(the model itself)'}: {r.reason}" for r in refusals[:SHOWN_NAMES])
     more = len(refusals) - SHOWN_NAMES
     return (shown or "the model has no linear layer or embedding") + (f"; and {more} more" if more > 0 else "")

@@ -1,5 +1,6 @@
 """Sites: the weights of a model that can be replaced, tied modules as one site with several names."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, final
@@ -92,16 +93,18 @@ def find_sites(model: nn.Module) -> Survey:
     groups: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module, weight in _matrices(model):
         groups.setdefault(id(weight), []).append((name, module))
+    uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     sites: list[Site] = []
     refusals: list[Refusal] = []
-    for holders in groups.values():
-        name, first = holders[0]
+    for weight_id, holders in groups.items():
         reasons = {reason for _, module in holders if (reason := _refusal(module))}
+        reasons |= _group_refusals(holders, uses[weight_id])
         if reasons:
-            refusals.append(Refusal(name, _numel(first), "; ".join(sorted(reasons))))
+            name, first = holders[0]
+            refusals.append(Refusal(name, sum(p.numel() for p in _own_matrices(first)), "; ".join(sorted(reasons))))
         else:
             sites.append(_site(holders))
-    refusals += [Refusal(name, weight.numel(), _NOT_A_LAYER) for name, weight in _stray_matrices(model)]
+    refusals += [*_factorised(model), *_stray_matrices(model)]
     return Survey(tuple(sites), tuple(refusals), count_params(model))
 
 
@@ -117,40 +120,67 @@ _NOT_A_LAYER = "a parameter of its own, not the weight of a linear layer or an e
 
 def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
     """Each module that looks like a linear layer or an embedding, once, with the tensor that identifies its weight."""
+    inner = {part for module in model.modules() if isinstance(module, FactorizedModule) for part in module.modules()}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding) or is_conv1d(module):
-            if parametrize.is_parametrized(module, "weight"):
-                yield name, module, module.parametrizations.weight.original
-            elif isinstance(module.weight, Tensor):
-                yield name, module, module.weight
+        if module in inner or not (isinstance(module, nn.Linear | nn.Embedding) or is_conv1d(module)):
+            continue
+        if parametrize.is_parametrized(module, "weight"):
+            yield name, module, next(module.parametrizations.weight.parameters())
+        elif isinstance(module.weight, Tensor):
+            yield name, module, module.weight
 
 
-def _stray_matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters with two or more dimensions that no linear layer or embedding holds, each once."""
-    held = {id(weight) for _, _, weight in _matrices(model)}
-    factors = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, FactorizedModule)
-        for parameter in module.parameters()
-    }
+def _factorised(model: nn.Module) -> Iterator[Refusal]:
+    """The modules that a compression made, shared factors with the first that holds them."""
+    seen: set[nn.Parameter] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, FactorizedModule):
+            factors = {parameter for parameter in module.parameters() if parameter.dim() >= 2} - seen
+            seen |= factors
+            yield Refusal(name, sum(factor.numel() for factor in factors), "it is factorised already")
+
+
+def _stray_matrices(model: nn.Module) -> Iterator[Refusal]:
+    """Parameters with two or more dimensions that no linear layer, embedding or factorised module holds, each once."""
+    held = {id(parameter) for _, module, _ in _matrices(model) for parameter in _own_matrices(module)}
+    held |= {id(p) for module in model.modules() if isinstance(module, FactorizedModule) for p in module.parameters()}
     for name, parameter in model.named_parameters():
-        if parameter.dim() >= 2 and id(parameter) not in held and id(parameter) not in factors:
-            yield name, parameter
+        if parameter.dim() >= 2 and id(parameter) not in held:
+            yield Refusal(name, parameter.numel(), _NOT_A_LAYER)
 
 
-def _numel(module: nn.Module) -> int:
-    return sum(parameter.numel() for name, parameter in module.named_parameters() if not name.endswith("bias"))
+def _own_matrices(module: nn.Module) -> list[nn.Parameter]:
+    """The weight of a module, or what a parametrisation computes it from; nothing of its children."""
+    own = [*module.parameters(recurse=False)]
+    if parametrize.is_parametrized(module):
+        own += module.get_submodule("parametrizations").parameters()
+    return [parameter for parameter in own if parameter.dim() >= 2]
+
+
+def _group_refusals(holders: list[tuple[str, nn.Module]], uses: int) -> set[str]:
+    """Why modules that share one weight, of which there are `uses` in the model, must keep it."""
+    reasons = set()
+    if len({is_conv1d(module) for _, module in holders}) > 1:
+        reasons.add("it is tied between layers that store it in different directions")
+    if uses > len(holders):
+        reasons.add("its weight is also a parameter of a module that is no linear layer or embedding")
+    if not holders[0][0]:
+        reasons.add("it is the whole model, with no place to put another module; fit its weight instead")
+    return reasons
 
 
 def _refusal(module: nn.Module) -> str | None:
     """Why this module must not be replaced, or None."""
     weight = module.weight
     assert isinstance(weight, Tensor)
-    if type(module) not in (nn.Linear, nn.Embedding) and not is_conv1d(module):
-        return f"{type(module).__name__} is a subclass that may compute something else"
     if parametrize.is_parametrized(module) or "weight" not in dict(module.named_parameters(recurse=False)):
         return "its weight is parametrised (computed from something else)"
+    if type(module) not in (nn.Linear, nn.Embedding) and not is_conv1d(module):
+        return f"{type(module).__name__} is a subclass that may compute something else"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance (by accelerate, for example), which would be lost"
+    if weight.is_meta:
+        return "its weight is on the meta device: no values are loaded"
     if weight.dim() != 2 or not weight.is_floating_point():
         return f"its weight is {tuple(weight.shape)} of {weight.dtype}, not a real matrix"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:

