@@ -21,7 +21,7 @@ progress_console = Console(stderr=True, markup=False, emoji=False, highlight=Fal
 GAP = 2
 """Columns of a terminal between two columns of a table."""
 
-MIN_FOLDED = 16
+MIN_FOLDED = 18
 """Text is not folded to less than this."""
 
 STAGES = {"analyse": "analysing", "fit": "fitting"}
@@ -136,6 +136,7 @@ def plan(plan: "Plan") -> None:
     left_dense(plan.left)
     gap = "" if plan.gap is None else f"; at most {plan.gap:.2%} from the least possible loss"
     say(f"Whole model: {count(plan.num_params)} -> {count(plan.params_after)} parameters, ratio {plan.ratio:.3f}{gap}.")
+    say(f"Replaceable layers hold {plan.coverage:.1%} of the parameters.")
     say(f"Multiply-adds (MACs) per token in these layers: {count(plan.dense_macs)} -> {count(plan.macs)}.")
     say("Errors are relative to the norm of the weight (Frobenius) and expected, not yet measured.")
 

@@ -34,6 +34,16 @@ def tensor_shapes(files: Iterable[str | Path]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def unreal_tensors(files: Iterable[Path]) -> dict[str, str]:
+    """Name and type of each tensor in these sound files that does not hold real numbers: I64, BOOL, C64."""
+    found: dict[str, str] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            types = {name: str(tensors.get_slice(name).get_dtype()) for name in tensors.keys()}  # noqa: SIM118
+            found.update({name: kind for name, kind in types.items() if not kind.startswith(("F", "BF"))})
+    return found
+
+
 def check_factors(model: Model, shapes: Shapes) -> None:
     """Check that the files hold every tensor of every factorised module, in its shape.
 

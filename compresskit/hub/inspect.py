@@ -9,8 +9,10 @@ from typing import Any, final
 
 from compresskit.core.structure import Structure
 from compresskit.errors import CheckpointError
-from compresskit.hub.files import tensor_shapes
+from compresskit.hub.files import Shapes, tensor_shapes
+from compresskit.hub.guard import SHAPE
 from compresskit.hub.load import read_config, read_map, weight_files
+from compresskit.surgery.layout import Layout
 
 
 @final
@@ -66,8 +68,11 @@ def inspect_checkpoint(folder: Path) -> Inspection:
     if found is None:
         raise CheckpointError(f"{folder} is a model, but not one that compresskit compressed")
     layout = found.layout()
+    if not isinstance(found.provenance, Mapping):
+        raise CheckpointError(f"'provenance' in {folder / 'config.json'} is {found.provenance!r}, not an object")
     files = weight_files(folder)
     shapes = tensor_shapes(files)
+    _check_fit(layout, shapes)
     stored = {name: math.prod(shape) for name, shape in shapes.items()}
     sites = [InspectedSite(name, e.structure, next(iter(e.shares.values()), None)) for name, e in layout.items()]
     owned = [site for site in sites if site.shared_with is None]
@@ -84,6 +89,36 @@ def inspect_checkpoint(folder: Path) -> Inspection:
         weight_bytes=sum(file.stat().st_size for file in files),
         provenance=found.provenance,
     )
+
+
+def _check_fit(layout: Layout, shapes: Shapes) -> None:
+    """Raise CheckpointError if the numbers would be wrong: a factor that is not stored as the map says, or more."""
+    holders: dict[tuple[str, str], list[str]] = {}
+    for name, entry in layout.items():
+        for factor in entry.structure.factor_specs():
+            holders.setdefault((entry.shares.get(factor, name), factor), []).append(name)
+    wrong: list[str] = []
+    for (_, factor), names in holders.items():
+        wanted = layout[names[0]].structure.factor_specs()[factor].shape
+        keys = [f"{name}.{factor}{end}" for name in names for end in ("", ".weight")]
+        found = next((shapes[key] for key in keys if key in shapes), None)
+        if found != wanted:
+            wrong.append(f"{names[0]}.{factor} is {'missing' if found is None else f'{found}, not {wanted}'}")
+    wrong += [f"{name} is not in the map" for name in _factorised(shapes) if name not in layout]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise CheckpointError(
+            f"the map in config.json does not fit the weights: {'; '.join(wrong[:3])}{more}. Both files must come from "
+            "one save"
+        )
+
+
+def _factorised(shapes: Shapes) -> list[str]:
+    """Modules that left the guard's tensor (see guard.py) and something beside it."""
+    marked = [
+        name.removesuffix(".weight") for name, shape in shapes.items() if name.endswith(".weight") and shape == SHAPE
+    ]
+    return [m for m in marked if any(n.startswith(f"{m}.") and n not in (f"{m}.weight", f"{m}.bias") for n in shapes)]
 
 
 def _sentinel(stored: Mapping[str, int], name: str) -> int:

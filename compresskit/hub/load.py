@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from compresskit.errors import CheckpointError
 from compresskit.hub.config import QUANT_METHOD, CompresskitConfig, check_format
-from compresskit.hub.files import tensor_shapes
-from compresskit.hub.names import Model
+from compresskit.hub.files import tensor_shapes, unreal_tensors
+from compresskit.hub.names import Model, reader
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -33,15 +34,16 @@ def load_model(folder: str | Path, dtype: str | torch.dtype | None = None, *, tr
         trust_remote_code: run the Python files of the folder, if the config asks for it.
 
     Raises:
-        CheckpointError: no config, no safetensors, damaged files, missing tensors, another quantisation, a class
-            that transformers does not have.
+        CheckpointError: no config, no safetensors, damaged files, missing tensors, integers or complex numbers for
+            weights, another quantisation, a class that transformers does not have.
     """
     folder = Path(folder)
     config = read_config(folder)
     block = config.get("quantization_config")
     if block is not None and _quant_method(block) != QUANT_METHOD:
         raise CheckpointError(f"{folder} is already quantised by {_quant_method(block)}; give the unquantised model")
-    tensor_shapes(weight_files(folder))
+    files = weight_files(folder)
+    tensor_shapes(files)
     cls = _model_class(folder, config, trust_remote_code=trust_remote_code)
     try:
         model, info = cls.from_pretrained(
@@ -55,9 +57,10 @@ def load_model(folder: str | Path, dtype: str | torch.dtype | None = None, *, tr
         )
     except CheckpointError:
         raise
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
         raise CheckpointError(f"transformers cannot open {folder} as {cls.__name__}: {error}") from error
     _check_complete(model, folder, info)
+    _check_real(model, files)
     return model.eval()
 
 
@@ -160,6 +163,20 @@ def _check_complete(model: Model, folder: Path, info: dict[str, Any]) -> None:
             f"the weights in {folder} do not fit {type(model).__name__}: {'; '.join(wrong[:3])}{more}. transformers "
             "would fill them with random numbers"
         )
+
+
+def _check_real(model: Model, files: list[Path]) -> None:
+    """Raise CheckpointError where transformers has turned integers or complex numbers into real weights."""
+    unreal = unreal_tensors(files)
+    if unreal:
+        read, weights = reader(model), {name for name, p in model.named_parameters() if p.is_floating_point()}
+        wrong = [f"{name} is {kind}" for name, kind in unreal.items() if read(name) in weights]
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise CheckpointError(
+                f"weights must be real floating-point numbers, but in {files[0].parent} {'; '.join(wrong[:3])}{more}. "
+                "If they were quantised, give the unquantised model"
+            )
 
 
 def _prefix(model: Model) -> str:

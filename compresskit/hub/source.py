@@ -50,13 +50,13 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
         raise CheckpointError(f"{model!r} on the hub is gated: accept its terms there, then `hf auth login`") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise CheckpointError(
-            f"{model!r} is neither a folder nor a model on the hub that can be read here{_near(folder)}. A private "
-            "model needs `hf auth login`"
+            f"{model!r} is neither a folder nor a model on the hub that can be read here{_near(folder) or '.'} A "
+            "private model needs `hf auth login`"
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         raise CheckpointError(
-            f"{model!r} is not a folder, and the hub could not be asked for it{_near(folder)}. Check the connection "
-            f"(HF_HUB_OFFLINE unset?), or give a folder. The hub said: {str(error).splitlines()[0]}"
+            f"{model!r} is not a folder, and the hub could not be asked for it{_near(folder) or '.'} Check the "
+            f"connection (HF_HUB_OFFLINE unset?), or give a folder. The hub said: {str(error).splitlines()[0]}"
         ) from error
 
 

@@ -44,6 +44,7 @@ class Report:
     Args:
         sites: what was replaced.
         left: weight matrices that stayed dense, and why.
+        coverage: share of the parameters that is in replaceable layers, whether they were chosen or not.
         params_before, params_after: whole model.
         embedding_params_before, embedding_params_after: in embedding tables and what replaced them.
         bytes_before, bytes_after: of the parameters in memory.
@@ -54,6 +55,7 @@ class Report:
 
     sites: tuple[SiteReport, ...]
     left: tuple[Refusal, ...]
+    coverage: float
     params_before: int
     params_after: int
     embedding_params_before: int
@@ -141,6 +143,7 @@ def apply_(
     return Report(
         sites=tuple(reports),
         left=plan.left,
+        coverage=plan.coverage,
         params_before=before,
         params_after=count_params(model),
         embedding_params_before=before_embedding,

@@ -57,12 +57,14 @@ class Plan:
         sites: what is replaced, in the model's order.
         left: weight matrices that stay dense, and why.
         num_params: parameters of the dense model.
+        coverage: share of them that is in replaceable layers, whether the rules chose them or not.
         gap: proven distance of the budget's loss from the optimum, as a share; None for a plan that was read.
     """
 
     sites: tuple[PlannedSite, ...]
     left: tuple[Refusal, ...]
     num_params: int
+    coverage: float
     gap: float | None = None
 
     @property
@@ -91,6 +93,7 @@ class Plan:
             "num_params": self.num_params,
             "params_after": self.params_after,
             "ratio": self.ratio,
+            "coverage": self.coverage,
             "gap": self.gap,
             "sites": [_site_json(planned) for planned in self.sites],
             "left_dense": [dataclasses.asdict(refusal) for refusal in self.left],
@@ -143,7 +146,7 @@ def plan_from_json(data: Any, model: nn.Module) -> Plan:
     if twice:
         raise PlanError(f"the plan names these sites twice: {', '.join(twice)}")
     rest = [Refusal(s.name, s.num_params, "not in the plan") for s in survey.sites if s.name not in names]
-    return Plan(tuple(planned), (*survey.refusals, *rest), survey.num_params)
+    return Plan(tuple(planned), (*survey.refusals, *rest), survey.num_params, survey.coverage)
 
 
 def _planned_from_json(entry: Any, survey: Survey) -> PlannedSite:

@@ -122,7 +122,7 @@ def make_plan(
     planned, dense = _sort_picks(picks)
     if not planned:
         raise BudgetError("every site would stay dense: the budget is too generous, or the method has no structure")
-    plan = Plan(planned, (*assignment.left, *dense), num_params, gap)
+    plan = Plan(planned, (*assignment.left, *dense), num_params, assignment.coverage, gap)
     return Planned(plan, {p.site.name: p.analysis for p in priced if p.analysis is not None})
 
 

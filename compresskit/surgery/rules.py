@@ -34,10 +34,17 @@ class Rule:
 @final
 @dataclass(frozen=True)
 class Assignment:
-    """What the rules make of a model: decompositions for sites, and why all other matrices stay dense."""
+    """What the rules make of a model.
+
+    Args:
+        chosen: sites and the decomposition of each.
+        left: all other matrices, and why they stay dense.
+        coverage: share of the model's parameters that any rules could reach.
+    """
 
     chosen: tuple[tuple[Site, Decomposition], ...]
     left: tuple[Refusal, ...]
+    coverage: float
 
 
 def assign(model: nn.Module, survey: Survey, rules: Sequence[Rule], exclude: Sequence[str] = ()) -> Assignment:
@@ -64,7 +71,7 @@ def assign(model: nn.Module, survey: Survey, rules: Sequence[Rule], exclude: Seq
             chosen.append((site, rule.decomposition))
     if not chosen:
         raise PlanError(f"nothing is left to compress: {_reasons(left)}")
-    return Assignment(tuple(chosen), tuple(left))
+    return Assignment(tuple(chosen), tuple(left), survey.coverage)
 
 
 def _matcher(pattern: str, prefix: str) -> Callable[[str], bool]:

@@ -137,6 +137,7 @@ def _facts(report: "Report") -> list[tuple[str, str]]:
 
     return [
         ("parameters", f"{count(report.params_before)} -> {count(report.params_after)}"),
+        ("in replaceable layers", f"{report.coverage:.1%} of the parameters"),
         ("ratio, whole model", f"{report.ratio:.3f}"),
         ("ratio, replaced layers", f"{report.site_ratio:.3f}"),
         ("ratio, without embedding tables", f"{report.body_ratio:.3f}"),

@@ -1,0 +1,79 @@
+"""`python -m benchmarks`: run the experiments of a suite, report what they measured, list what there is."""
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks.experiments import SuiteError
+from benchmarks.experiments.quality import STS_B
+from benchmarks.report import report_suite
+from benchmarks.runner import RESULTS, run_suite, state
+from benchmarks.suites import SUITES, read_suite, suite_names
+
+FOLDER = click.Path(path_type=Path, file_okay=False)
+EXISTING = click.Path(path_type=Path, file_okay=False, exists=True)
+
+
+def _folders(command: Callable[..., None]) -> Callable[..., None]:
+    """Options that all commands have, and a suite that does not exist as a usage error (status 2)."""
+
+    @wraps(command)
+    def checked(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except SuiteError as error:
+            raise click.UsageError(str(error)) from error
+
+    suites = click.option("--suites", type=EXISTING, default=SUITES, help="Folder of the suites.")
+    results = click.option("--results", type=FOLDER, default=RESULTS, help="Folder of the results.")
+    return suites(results(checked))
+
+
+@click.group()
+def main() -> None:
+    """Benchmarks of compresskit."""
+
+
+@main.command()
+@click.argument("suite")
+@click.option("--force", is_flag=True, help="Measure anew what has a result.")
+@click.option("--data", type=EXISTING, help="Folder with evaluation data (glue/STS-B/dev.tsv).")
+@_folders
+def run(suite: str, force: bool, data: Path | None, suites: Path, results: Path) -> None:
+    """Measure what has no result of the same configuration yet."""
+    entries = read_suite(suite, suites)
+    if data is not None and not (data / STS_B).exists():
+        raise click.UsageError(f"the folder of --data has no {STS_B.as_posix()}")
+    try:
+        tally = run_suite(entries, results, data=data, force=force, echo=click.echo)
+    except KeyboardInterrupt:
+        click.echo("interrupted; results that were complete are kept", err=True)
+        raise click.exceptions.Exit(130) from None
+    click.echo(", ".join(f"{len(names)} {what}" for what, names in vars(tally).items()))
+    if tally.failed:
+        raise click.ClickException(f"failed: {', '.join(tally.failed)}")
+
+
+@main.command()
+@click.argument("suite", required=False)
+@_folders
+def report(suite: str | None, suites: Path, results: Path) -> None:
+    """Print Markdown tables of the results of one suite, or of all but the smoke test."""
+    names = [suite] if suite else [name for name in suite_names(suites) if name != "smoke"]
+    click.echo("\n\n".join(report_suite(read_suite(name, suites), results) for name in names))
+
+
+@main.command(name="list")
+@_folders
+def list_(suites: Path, results: Path) -> None:
+    """Print every experiment and whether it has a result: current, changed (its configuration) or missing."""
+    for name in suite_names(suites):
+        for entry in read_suite(name, suites):
+            click.echo(f"{entry.suite}/{entry.name}: {state(entry, results)}")
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m benchmarks")

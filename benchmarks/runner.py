@@ -1,0 +1,148 @@
+"""Running a suite: what has no result yet, one process after the other, each result written when it is complete."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, final
+
+from benchmarks.experiments import SuiteError
+from benchmarks.machine import ROOT, commit
+from benchmarks.suites import Entry
+
+RESULTS = Path(__file__).parent / "results"
+FIELDS = (
+    *("suite", "experiment", "configuration", "seed", "commit", "versions", "hardware"),
+    *("figures", "skipped", "wall_time_s", "peak_memory_bytes"),
+)
+"""What every result holds."""
+State = Literal["current", "changed", "incomplete", "missing"]
+
+
+@final
+@dataclass(frozen=True)
+class Tally:
+    """Names of the experiments by what became of them."""
+
+    kept: tuple[str, ...]
+    measured: tuple[str, ...]
+    skipped: tuple[str, ...]
+    failed: tuple[str, ...]
+
+
+def run_suite(
+    entries: Sequence[Entry], results: Path, *, data: Path | None, force: bool, echo: Callable[[str], None]
+) -> Tally:
+    """Measure what has no current result. One that fails does not keep the others from being measured.
+
+    Args:
+        results: folder of the results; changed one complete file at a time.
+        data: folder with evaluation data, or None.
+        force: measure everything anew.
+        echo: gets a line of progress at a time.
+    """
+    became: dict[str, list[str]] = {name: [] for name in Tally.__dataclass_fields__}
+    for entry in entries:
+        if not force and state(entry, results, data=data) == "current":
+            became["kept"].append(entry.name)
+            continue
+        echo(f"{entry.suite}/{entry.name} ...")
+        circumstances = {"commit": commit(results.resolve())}
+        answer = _measure(entry, data)
+        if answer is None:
+            became["failed"].append(entry.name)
+            echo("  failed, see above")
+        elif "skip" in answer:
+            became["skipped"].append(entry.name)
+            echo(f"  skipped: {answer['skip']}")
+        else:
+            became["measured"].append(entry.name)
+            _write(entry.path(results), _result(entry, {**circumstances, **answer}))
+            echo(f"  {answer['wall_time_s']:.1f} s, peak {answer['peak_memory_bytes'] / 2**20:,.0f} MiB")
+            for part, reason in answer["skipped"].items():
+                echo(f"  without {part}: {reason}")
+    return Tally(**{name: tuple(names) for name, names in became.items()})
+
+
+def state(entry: Entry, results: Path, *, data: Path | None = None) -> State:
+    """Whether an experiment has a result of exactly this configuration.
+
+    `incomplete`: it has one, but parts were skipped for want of the data that is now given.
+    """
+    path = entry.path(results)
+    if not path.exists():
+        return "missing"
+    result = read_result(path)
+    if result["configuration"] != entry.experiment.configuration():
+        return "changed"
+    return "incomplete" if data is not None and result["skipped"] else "current"
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A result as it was written.
+
+    Raises:
+        SuiteError: the file is not one.
+    """
+    wrong = f"{path} is not a result; remove it, or measure it anew with --force"
+    try:
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise SuiteError(wrong) from error
+    if not isinstance(result, dict) or not set(FIELDS) <= set(result):
+        raise SuiteError(wrong)
+    return result
+
+
+def _measure(entry: Entry, data: Path | None) -> dict[str, Any] | None:
+    """What the process of one experiment answered; None if it failed, having said why."""
+    request = {"configuration": entry.experiment.configuration(), "data": None if data is None else str(data.resolve())}
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer.json"
+        command = [sys.executable, "-m", "benchmarks.worker", str(answer)]
+        environment = _environment(entry.experiment.threads)
+        done = subprocess.run(
+            command, input=json.dumps(request), text=True, cwd=ROOT, env=environment, stdout=sys.stderr, check=False
+        )
+        if done.returncode != 0:
+            return None
+        measured: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+        return measured
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """Our environment with a fixed number of threads, without network and without chatter."""
+    return {
+        **os.environ,
+        **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads)),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def _result(entry: Entry, answer: Mapping[str, Any]) -> dict[str, Any]:
+    fields = {
+        "suite": entry.suite,
+        "experiment": entry.name,
+        "configuration": entry.experiment.configuration(),
+        "seed": entry.experiment.seed,
+        **answer,
+    }
+    return {name: fields[name] for name in FIELDS}
+
+
+def _write(path: Path, result: Mapping[str, Any]) -> None:
+    """Write a file that is either complete or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        partial.write_text(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,43 @@
+"""The fresh process of one experiment: reads what to run from stdin, writes what was measured to a file.
+
+Run by the runner as `python -m benchmarks.worker ANSWER`.
+"""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.experiments import ExperimentSkipped, make_experiment
+from benchmarks.machine import hardware, peak_memory_bytes, versions
+from benchmarks.timing import rounded
+
+
+def main() -> None:
+    """Run one experiment and write its answer: figures and their circumstances, or why it was skipped."""
+    request = json.load(sys.stdin)
+    experiment = make_experiment(request["configuration"])
+    data = None if request["data"] is None else Path(request["data"])
+    started = time.perf_counter()
+    try:
+        outcome = experiment.run(data)
+    except ExperimentSkipped as skipped:
+        answer: dict[str, Any] = {"skip": str(skipped)}
+    else:
+        time_s = time.perf_counter() - started
+        peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        answer = {
+            "versions": versions(),
+            "hardware": hardware(),
+            "figures": rounded(outcome.figures),
+            "skipped": dict(outcome.skipped),
+            "wall_time_s": rounded(time_s),
+            "peak_memory_bytes": peak_memory_bytes(max(peaks)),
+        }
+    Path(sys.argv[1]).write_text(json.dumps(answer, allow_nan=False), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
