@@ -19,8 +19,9 @@ from compresskit.core.structure import Structure, TensorSpec
 from compresskit.decompositions.kronecker import Kronecker
 from compresskit.decompositions.svd import SVD
 from compresskit.errors import CompresskitError
+from compresskit.hub import dequantize_
 from compresskit.surgery.apply import Report
-from compresskit.surgery.layout import dequantize_, install_, layout_of
+from compresskit.surgery.layout import install_, layout_of
 from compresskit.surgery.plan import Plan, plan_from_json
 from compresskit.surgery.pricing import OnProgress, Progress
 from compresskit.surgery.sites import find_sites

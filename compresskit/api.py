@@ -5,12 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from compresskit.core.decomposition import Decomposition
 from compresskit.core.registry import decomposition
 from compresskit.errors import PlanError
-from compresskit.hub import mark_compressed
+from compresskit.hub import check_unquantized, mark_compressed
 from compresskit.surgery.apply import Report, apply_
 from compresskit.surgery.budget import param_budget
 from compresskit.surgery.plan import Plan
@@ -65,13 +64,15 @@ def compress(
         PlanError: a pattern matches nothing, or the plan is for another model.
         WeightError: a weight holds NaN or infinity.
         UnknownNameError: no such method.
+        CheckpointError: another library has quantised the model.
     """
     started = time.perf_counter()
+    check_unquantized(model)
     planned = _plan(
         model, method, ratio, params, keep, include, exclude, rules, max_macs, uniform, allow_slower, on_progress
     )
     report = apply_(model, planned.plan, analyses=planned.analyses, on_progress=on_progress, started=started)
-    _mark(model, provenance)
+    mark_compressed(model, provenance)
     return report
 
 
@@ -87,9 +88,11 @@ def apply(
     Raises:
         PlanError: the plan is for another model.
         WeightError: a weight holds NaN or infinity.
+        CheckpointError: another library has quantised the model.
     """
+    check_unquantized(model)
     report = apply_(model, plan, on_progress=on_progress)
-    _mark(model, provenance)
+    mark_compressed(model, provenance)
     return report
 
 
@@ -112,12 +115,6 @@ def plan(
     return _plan(
         model, method, ratio, params, keep, include, exclude, rules, max_macs, uniform, allow_slower, on_progress
     ).plan
-
-
-def _mark(model: nn.Module, provenance: Mapping[str, Any] | None) -> None:
-    """Make a transformers model saveable; any other module needs nothing."""
-    if isinstance(model, PreTrainedModel):
-        mark_compressed(model, dict(provenance or {}))
 
 
 def _plan(

@@ -5,7 +5,7 @@ weight -> analyse -> Analysis -> squared_errors -> (a structure is chosen) -> fa
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, final
 
@@ -94,7 +94,7 @@ class Decomposition(ABC):
         if not isinstance(structure, self.structures):
             raise StructureError(f"{self.name} does not fit structures of kind {structure.kind!r}")
         factors = {name: tensor.contiguous() for name, tensor in analysis.factors(structure).items()}
-        return Fitted(structure, factors, relative_error(weight, structure.dense(factors)))
+        return Fitted(structure, factors, _fit_error(weight, structure, factors))
 
     @final
     def _choose(self, analysis: Analysis, rows: int, cols: int, *, ratio: float) -> Structure:
@@ -195,7 +195,8 @@ def as_matrix(weight: Tensor, name: str = "this weight") -> Tensor:
     matrix = weight.detach()
     if matrix.dtype not in (torch.float32, torch.float64):
         matrix = matrix.float()
-    if not torch.isfinite(matrix.sum(dtype=torch.float64)) and not torch.isfinite(matrix).all():
+    sums = (float(part.sum()) for part in matrix.split(CHUNK_ROWS))  # finite if all values are, save for overflow
+    if not all(map(math.isfinite, sums)) and not torch.isfinite(matrix).all():
         nan, inf = int(matrix.isnan().sum()), int(matrix.isinf().sum())
         raise WeightError(f"{name} holds {nan} NaN and {inf} infinite values; mend the checkpoint first")
     return matrix
@@ -208,10 +209,22 @@ def squared_norm(matrix: Tensor) -> float:
 
 def relative_error(weight: Tensor, approximation: Tensor) -> float:
     """`||weight - approximation||_F / ||weight||_F`, 0 if both are zero; safe from overflow."""
-    scale = float(weight.abs().max())
-    if scale == 0:
-        return 0.0 if not approximation.any() else math.inf
-    pieces = zip(weight.split(CHUNK_ROWS), approximation.split(CHUNK_ROWS), strict=True)
-    error = sum(squared_norm((mine - theirs) / scale) for mine, theirs in pieces)
-    energy = sum(squared_norm(mine / scale) for mine in weight.split(CHUNK_ROWS))
-    return math.sqrt(error / energy)
+    return _relative_error(weight, lambda start, stop: approximation[start:stop])
+
+
+def _fit_error(weight: Tensor, structure: Structure, factors: Mapping[str, Tensor]) -> float:
+    """The same for factors; a tall weight (an embedding) is rebuilt some rows at a time."""
+    if len(weight) <= CHUNK_ROWS:
+        return relative_error(weight, structure.dense(factors))
+    rows = torch.arange(len(weight), device=weight.device)
+    return _relative_error(weight, lambda start, stop: structure.take_rows(rows[start:stop], factors))
+
+
+def _relative_error(weight: Tensor, approximation: Callable[[int, int], Tensor]) -> float:
+    scale = max(float(weight.max()), -float(weight.min()))
+    error = energy = 0.0
+    for start in range(0, len(weight), CHUNK_ROWS):
+        mine, theirs = weight[start : start + CHUNK_ROWS], approximation(start, start + CHUNK_ROWS)
+        error += squared_norm((mine - theirs) / (scale or 1.0))
+        energy += squared_norm(mine / (scale or 1.0))
+    return math.sqrt(error / energy) if energy else (0.0 if error == 0 else math.inf)

@@ -57,20 +57,34 @@ class Unfolding:
 
     def __init__(self, matrix: Tensor) -> None:
         self._tall = matrix.shape[0] > matrix.shape[1]
+        values, self._vectors = self._eigen(matrix)
+        self.energies: Tensor = values.clamp_min(0)  # squared singular values, float64
+
+    def keep(self, k: int) -> None:
+        """Forget all but the first k vectors to save memory; asking for more later computes them again."""
+        if k < self._vectors.shape[1]:
+            self._vectors = self._vectors[:, :k].clone()
+
+    def _eigen(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared singular values, and right singular vectors if tall, else left ones; leading first."""
         values, vectors = torch.linalg.eigh(gram(matrix if self._tall else matrix.T))
-        self.energies: Tensor = values.flip(0).clamp_min(0)  # squared singular values, float64
-        self._vectors: Tensor = vectors.flip(-1).to(matrix.dtype)  # right singular vectors if tall, else left ones
+        return values.flip(0), vectors.flip(-1).to(matrix.dtype)
+
+    def _leading(self, matrix: Tensor, k: int) -> Tensor:
+        if self._vectors.shape[1] < min(k, len(self.energies)):
+            self._vectors = self._eigen(matrix)[1]
+        return self._vectors[:, :k]
 
     def coordinates(self, matrix: Tensor, k: int) -> Tensor:
         """(k, rest): the matrix in the first k basis vectors; row j has norm sqrt(energies[j])."""
-        vectors = self._vectors[:, :k]
+        vectors = self._leading(matrix, k)
         if not self._tall:
             return vectors.T @ matrix
         return self.energies[:k, None].sqrt().to(matrix.dtype) * vectors.T
 
     def basis(self, matrix: Tensor, k: int) -> Tensor:
         """(n, k): orthonormal columns, zero ones for components that are rounding noise of a tall matrix."""
-        vectors = self._vectors[:, :k]
+        vectors = self._leading(matrix, k)
         if not self._tall:
             return vectors
         values = self.energies[:k]

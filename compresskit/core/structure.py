@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, final
 
 import torch
@@ -110,7 +111,7 @@ class Structure(ABC):
         """Multiply-adds of `take_rows` per token."""
 
     @final
-    @property
+    @cached_property
     def num_params(self) -> int:
         return sum(spec.num_params for spec in self.factor_specs().values())
 

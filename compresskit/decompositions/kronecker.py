@@ -23,8 +23,6 @@ from compresskit.errors import OptionError, StructureError
 MAX_SMALL_SIDE = 64
 MAX_SMALL_SIZE = 576
 """The menu offers small factors up to this many entries: the side of the Gram matrix that prices them."""
-MAX_KEPT_SIZE = 64
-"""Gram matrices up to this side are kept from pricing to fitting."""
 MAX_PADDING = 0.01
 """Share of padded rows that the menu tolerates where the rows have too few divisors."""
 
@@ -242,7 +240,7 @@ class _KroneckerAnalysis(Analysis):
         self._weight = weight
         self._energy = squared_norm(weight)
         self._grams: dict[tuple[bool, int, int], Tensor] = {}
-        self._spectra: dict[tuple[bool, int, int], Tensor] = {}
+        self._spectra: dict[tuple[bool, int, int], list[float]] = {}
 
     def squared_errors(self, structures: Sequence[Structure]) -> list[float]:
         self._prepare_spectra({_grid(structure) for structure in structures})
@@ -250,7 +248,7 @@ class _KroneckerAnalysis(Analysis):
 
     def _kept(self, structure: Structure) -> float:
         assert isinstance(structure, KroneckerSum)
-        return float(self._spectra[_grid(structure)][-structure.terms :].sum())
+        return sum(self._spectra[_grid(structure)][-structure.terms :])
 
     def _prepare_spectra(self, keys: set[tuple[bool, int, int]]) -> None:
         """Spectra of all these grids, coarse Gram matrices from the next finer ones, equal sizes in one call."""
@@ -262,9 +260,8 @@ class _KroneckerAnalysis(Analysis):
             by_size.setdefault(key[1] * key[2], []).append(key)
         for same in by_size.values():
             values = torch.linalg.eigvalsh(torch.stack([self._gram(key) for key in same]).double())
-            self._spectra.update(zip(same, values, strict=True))
-        for key in [key for key in self._grams if key[1] * key[2] > MAX_KEPT_SIZE]:
-            del self._grams[key]  # quicker to compute again for the one that is chosen than to keep for all sites
+            self._spectra.update(zip(same, values.tolist(), strict=True))
+        self._grams.clear()  # quicker to compute again for the one that is chosen than to keep for all sites
 
     def factors(self, structure: Structure) -> dict[str, Tensor]:
         assert isinstance(structure, KroneckerSum)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compresskit.core.decomposition import Analysis, Decomposition, squared_norm
+from compresskit.core.folding import gram
 from compresskit.core.registry import register
 from compresskit.core.structure import Factor, Structure, TensorSpec, linear
 from compresskit.errors import OptionError, StructureError
@@ -105,15 +106,22 @@ class _ExactAnalysis(Analysis):
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight
         self._wide = weight.shape[0] < weight.shape[1]
-        values, vectors = torch.linalg.eigh(_gram(weight.T if self._wide else weight))
-        self._tails = values.clamp_min(0).cumsum(0)  # smallest first: error if all but the k last are dropped
-        self._vectors = vectors.flip(-1).to(weight.dtype)  # (short, short), leading first
+        values, self._vectors = self._eigen()  # (short,) smallest first, (short, short) leading first
+        self._tails = [0.0, *values.clamp_min(0).cumsum(0).tolist()]  # error if all but the k last are dropped
+
+    def _eigen(self) -> tuple[Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh(gram(self._weight.T if self._wide else self._weight))
+        return values, vectors.flip(-1).to(self._weight.dtype)
 
     def squared_errors(self, structures: Sequence[Structure]) -> list[float]:
-        short = len(self._tails)
-        return [0.0 if _rank(s) == short else float(self._tails[short - 1 - _rank(s)]) for s in structures]
+        """Vectors beyond the largest rank that is priced are forgotten: a model has many weights."""
+        ranks = [_rank(structure) for structure in structures]
+        self._vectors = self._vectors[:, : max(ranks, default=1)].clone()
+        return [self._tails[len(self._tails) - 1 - rank] for rank in ranks]
 
     def factors(self, structure: Structure) -> dict[str, Tensor]:
+        if self._vectors.shape[1] < _rank(structure):
+            self._vectors = self._eigen()[1]
         basis = self._vectors[:, : _rank(structure)]  # (short, rank)
         coordinates = (self._weight.T if self._wide else self._weight) @ basis  # (long, rank)
         scale = torch.linalg.vector_norm(coordinates, dim=0).sqrt()
@@ -121,15 +129,6 @@ class _ExactAnalysis(Analysis):
         if self._wide:
             return {"left": basis * scale, "right": coordinates.T}
         return {"left": coordinates, "right": (basis * scale).T}
-
-
-def _gram(matrix: Tensor, chunk: int = 4096) -> Tensor:
-    """matrix.T @ matrix in float64, in chunks, so that the float64 copy stays small."""
-    gram = torch.zeros(matrix.shape[1], matrix.shape[1], dtype=torch.float64, device=matrix.device)
-    for rows in matrix.split(chunk):
-        part = rows.double()
-        gram.addmm_(part.T, part)
-    return gram
 
 
 @final

@@ -170,7 +170,9 @@ class _TensorTrainAnalysis(Analysis):
 
     def squared_errors(self, structures: Sequence[Structure]) -> list[float]:
         """The bound of TT-SVD: what each of the three cuts would drop alone, added up."""
-        return [self._bound(_checked(structure)) for structure in structures]
+        trains = [_checked(structure) for structure in structures]
+        self._middle.keep(WIDTH * max((s.ranks[1] for s in trains), default=1))
+        return [self._bound(s) for s in trains]
 
     def _bound(self, s: TrainCores) -> float:
         (r1, r2), (c1, c2), (s1, s2, s3) = s.row_modes, s.col_modes, s.ranks

@@ -241,13 +241,16 @@ class _TuckerAnalysis(Analysis):
             energies = self._project(modes, dict.fromkeys(cut, max(modes))).double().square_()
             for axis in range(len(modes)):
                 energies = energies.cumsum_(axis)
+            for axis in cut:
+                most = max((s.ranks[axis] for s in tuckers if s.modes == modes and axis in _cut(s)), default=1)
+                self._unfolding(modes, axis).keep(most)
             kept[modes] = energies  # [i, j, k, l]: what ranks (i + 1, j + 1, k + 1, l + 1) keep
         return [_dropped(kept[s.modes], s.ranks) for s in tuckers]
 
     def factors(self, structure: Structure) -> dict[str, Tensor]:
         s = _checked(structure)
         cut = _cut(s)
-        scale = self._weight.abs().max()
+        scale = max(self._weight.max(), -self._weight.min())
         wide = len(cut) > 1 and bool(scale > 0)
         core = self._project(s.modes, {axis: s.ranks[axis] * (HOOI_WIDTH if wide else 1) for axis in cut})
         bases = {a: self._unfolding(s.modes, a).basis(self._unfolded(s.modes, a), core.shape[a]) for a in cut}

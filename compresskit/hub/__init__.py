@@ -4,7 +4,7 @@ from compresskit.hub.card import model_card
 from compresskit.hub.config import FORMAT_VERSION, CompresskitConfig
 from compresskit.hub.inspect import Inspection, inspect_checkpoint
 from compresskit.hub.load import load_model, read_map
-from compresskit.hub.quantizer import check_unquantized, mark_compressed, register_
+from compresskit.hub.quantizer import check_unquantized, dequantize_, mark_compressed, register_
 from compresskit.hub.save import check_output, save_checkpoint
 from compresskit.hub.source import resolve
 
@@ -16,6 +16,7 @@ __all__ = [
     "Inspection",
     "check_output",
     "check_unquantized",
+    "dequantize_",
     "inspect_checkpoint",
     "load_model",
     "mark_compressed",

@@ -19,7 +19,8 @@ from compresskit.hub.files import check_factors, tensor_shapes
 from compresskit.hub.guard import ignore_sentinels_, sentinel_names, sentinels
 from compresskit.hub.names import Model, factor_shapes, reader, resolve_names, stored_layout
 from compresskit.hub.tied import tie_factors_
-from compresskit.surgery.layout import dequantize_, install_, layout_of
+from compresskit.surgery.layout import dequantize_ as swap_for_dense_
+from compresskit.surgery.layout import install_, layout_of
 
 
 @final
@@ -76,7 +77,6 @@ class CompresskitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _dequantize(self, model: Model, dtype: torch.dtype | None = None) -> Model:
         dequantize_(model, dtype)
-        _detach_(model)
         return model
 
 
@@ -118,6 +118,17 @@ def mark_compressed(model: nn.Module, provenance: Mapping[str, Any] | None = Non
             _attach_(part, CompresskitQuantizer(CompresskitConfig(provenance=dict(provenance or {}))))
 
 
+def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Replace every factorised module by the dense layer that it stands for; tied ones stay tied. Changes the model.
+
+    What transformers was told of the factors is taken back, so that `save_pretrained` writes an ordinary checkpoint.
+    """
+    swap_for_dense_(model, dtype)
+    for part in _outermost(model):
+        if isinstance(getattr(part, "hf_quantizer", None), CompresskitQuantizer):
+            _detach_(part)
+
+
 def _outermost(model: nn.Module) -> list[Model]:
     if isinstance(model, PreTrainedModel):
         return [model]
@@ -131,6 +142,7 @@ def _parts(model: Model) -> list[Model]:
 
 def _attach_(model: Model, quantizer: CompresskitQuantizer) -> None:
     model.quantization_method = QUANT_METHOD
+    model.add_model_tags([QUANT_METHOD])
     model.is_quantized = False  # or `.half()` and `.float()` refuse
     for part in _parts(model):
         part.hf_quantizer = quantizer
@@ -146,6 +158,7 @@ def _describe_(model: Model, quantizer: CompresskitQuantizer) -> None:
 
 
 def _detach_(model: Model) -> None:
+    model.model_tags = [tag for tag in model.model_tags or [] if tag != QUANT_METHOD] or None
     for part in _parts(model):
         part.is_quantized = False
         if part.__dict__.get("_weight_conversions") == []:

@@ -54,9 +54,10 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
             "private model needs `hf auth login`"
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        said, _, _ = str(error).partition("\n")
         raise CheckpointError(
             f"{model!r} is not a folder, and the hub could not be asked for it{_near(folder) or '.'} Check the "
-            f"connection (HF_HUB_OFFLINE unset?), or give a folder. The hub said: {str(error).splitlines()[0]}"
+            f"connection (HF_HUB_OFFLINE unset?), or give a folder. The hub said: {said}"
         ) from error
 
 

@@ -10,7 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from compresskit.core.decomposition import Analysis, Fitted, as_matrix, module_from
+from compresskit.core.decomposition import Analysis, Fitted, as_matrix, module_from, squared_norm
 from compresskit.core.modules import FactorizedEmbedding
 from compresskit.errors import PlanError, WeightError
 from compresskit.surgery.layout import swap_
@@ -49,7 +49,7 @@ class Report:
         embedding_params_before, embedding_params_after: in embedding tables and what replaced them.
         bytes_before, bytes_after: of the parameters in memory.
         relative_error: over all replaced weights together (Frobenius).
-        gap: proven distance of the plan from the optimum of its budget.
+        gap: of the plan: proven distance from the least loss that the priced structures reach in the budget.
         time_s: analysing, choosing and fitting.
     """
 
@@ -174,7 +174,7 @@ def _fit(model: nn.Module, planned: PlannedSite, analysis: Analysis | None) -> t
     fitted = decomposition.fit_analysed(matrix, analysis or decomposition.analyse(matrix), planned.structure)
     if not math.isfinite(fitted.relative_error):
         raise WeightError(f"fitting {site.name!r} with {planned.structure} gave values that are not finite")
-    return fitted, float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
+    return fitted, math.sqrt(squared_norm(matrix))
 
 
 def _modules(model: nn.Module, planned: PlannedSite, fitted: Fitted) -> dict[str, nn.Module]:

@@ -22,8 +22,11 @@ Picks = npt.NDArray[np.intp]
 STEPS = 200_000
 """Resolution of the dynamic program: sizes are rounded up to this share of the budget."""
 BISECTIONS = 60
-MACS_BISECTIONS = 20
-MAX_PRICE = 1e30
+MACS_BISECTIONS = 40
+LOWEST_PRICE = 1e-12
+"""Prices are sought from this share of the largest loss per unit upwards."""
+ROUNDING = 1e-12
+"""Share of the numbers that a bound is computed from by which it is lowered, so that rounding cannot make it false."""
 
 
 @final
@@ -93,12 +96,10 @@ def solve(groups: Sequence[Sequence[Choice]], *, max_params: int, max_macs: int 
             f"the smallest structures take {least:,} parameters together, {max_params:,} are left for them"
         )
     table = _Table.of(groups)
-    picks, bound = _knapsack(table, table.loss, max_params)
+    picks, bound = _knapsack(table.loss, table.params, max_params)
     if max_macs is not None and _total(table.macs, picks) > max_macs:
-        picks, bound = _limit_macs(table, max_params, max_macs)
-    chosen = [group[pick] for group, pick in zip(groups, picks, strict=True)]
-    loss = sum(choice.loss for choice in chosen)
-    assert sum(choice.params for choice in chosen) <= max_params
+        picks, bound = _limit_macs(table, max_params, max_macs, bound)
+    loss = _total(table.loss, picks)
     return Solution(tuple(int(pick) for pick in picks), max(loss - bound, 0.0) / loss if loss > 0 else 0.0)
 
 
@@ -126,122 +127,143 @@ def _total(values: Array, picks: Picks) -> float:
     return float(values[np.arange(len(picks)), picks].sum())
 
 
-def _knapsack(table: _Table, loss: Array, limit: int) -> tuple[Picks, float]:
+def _knapsack(loss: Array, params: Array, limit: int) -> tuple[Picks, float]:
     """Picks with least `loss` and at most `limit` parameters, and a lower bound of that loss.
 
     The Lagrangian bound says which choices can be in an optimal solution at all; the few that are left go through a
     dynamic program over the budget.
     """
-    price = _price_of_params(table.params, loss, limit)
-    reduced = loss + price * np.where(np.isfinite(table.params), table.params, 0.0)
+    picks, bound, excess = _relax(loss, params, limit)
+    possible = (excess <= _total(loss, picks) - bound) & _undominated(loss, params)
+    better = _dynamic_program(loss, params, possible, limit)
+    if better is None:
+        return picks, bound
+    return min(picks, _fill(loss, better, [(params, limit)]), key=lambda p: _total(loss, p)), bound
+
+
+def _relax(loss: Array, params: Array, limit: int) -> tuple[Picks, float, Array]:
+    """Good picks, a lower bound, and by how much the loss exceeds the bound at least if a choice is taken."""
+    price = _price_of_params(loss, params, limit)
+    reduced = loss + price * np.where(np.isfinite(params), params, 0.0)
     best = reduced.min(axis=1, keepdims=True)
-    bound = float(best.sum() - price * limit)
-    picks = _fill(table.params, loss, _feasible_start(table.params, reduced), limit)
-    possible = reduced - best <= _total(loss, picks) - bound + 1e-9 * abs(bound)
-    better = _fill(table.params, loss, _dynamic_program(table.params, loss, possible, picks, limit), limit)
-    return min(picks, better, key=lambda p: _total(loss, p)), bound
+    rounding = ROUNDING * (float(best.sum()) + price * limit)
+    bound = max(float(best.sum()) - price * limit - rounding, float(loss.min(axis=1).sum()) * (1 - ROUNDING))
+    picks: Picks = np.where(reduced <= best * (1 + ROUNDING), params, math.inf).argmin(axis=1)
+    if _total(params, picks) > limit:
+        picks = params.argmin(axis=1)
+    return _fill(loss, picks, [(params, limit)]), bound, reduced - best - 2 * rounding
 
 
-def _price_of_params(params: Array, loss: Array, limit: int) -> float:
+def _price_of_params(loss: Array, params: Array, limit: int) -> float:
     """The smallest price per parameter at which the cheapest choices keep the limit, by bisection."""
     sizes = np.where(np.isfinite(params), params, 0.0)
+    top = _largest(loss)
 
     def used(price: float) -> float:
         return _total(sizes, (loss + price * sizes).argmin(axis=1))
 
     if used(0.0) <= limit:
         return 0.0
-    high = 1e-12
-    while used(high) > limit and high < MAX_PRICE:
-        high *= 4
-    low = 0.0
+    low, high = 0.0, LOWEST_PRICE * top
+    while used(high) > limit and high < top:
+        low, high = high, high * 4
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         low, high = (low, middle) if used(middle) <= limit else (middle, high)
     return high
 
 
-def _feasible_start(params: Array, reduced: Array) -> Picks:
-    """The cheapest choice of each group; of equally cheap ones the smallest."""
-    cheapest = reduced <= reduced.min(axis=1, keepdims=True) * (1 + 1e-12)
-    picks: Picks = np.where(cheapest, params, math.inf).argmin(axis=1)
-    return picks
+def _largest(loss: Array) -> float:
+    return float(loss[np.isfinite(loss)].max())
 
 
-def _fill(params: Array, loss: Array, picks: Picks, limit: int) -> Picks:
-    """Spend what is left of the budget on single exchanges, the best gain first, until none fits."""
+def _fill(loss: Array, picks: Picks, limits: Sequence[tuple[Array, int]]) -> Picks:
+    """Spend what is left of the limits on single exchanges, the best gain first, until none fits."""
     picks = picks.copy()
     rows = np.arange(len(picks))
     while True:
-        free = limit - _total(params, picks)
-        if free < 0:  # the start does not fit yet: the smallest choice of every group does
-            picks = params.argmin(axis=1)
-            continue
         gain = loss[rows, picks][:, None] - loss
-        fits = params - params[rows, picks][:, None] <= free
-        gain = np.where(fits, gain, -math.inf)
+        for sizes, limit in limits:
+            gain[sizes - sizes[rows, picks][:, None] > limit - _total(sizes, picks)] = -math.inf
         group, choice = np.unravel_index(gain.argmax(), gain.shape)
         if not gain[group, choice] > 0:
             return picks
         picks[group] = choice
 
 
-def _dynamic_program(params: Array, loss: Array, possible: Array, fallback: Picks, limit: int) -> Picks:
-    """Best picks among the possible ones, sizes rounded up to 1 / STEPS of the limit, so that they always fit."""
+def _undominated(loss: Array, params: Array) -> npt.NDArray[np.bool_]:
+    """True for choices that lose less than all smaller ones of their group."""
+    order = np.lexsort((loss, params), axis=1)
+    least = np.minimum.accumulate(np.take_along_axis(loss, order, axis=1), axis=1)
+    better = np.ones(loss.shape, dtype=bool)
+    better[:, 1:] = least[:, 1:] < least[:, :-1]
+    result = np.empty_like(better)
+    np.put_along_axis(result, order, better, axis=1)
+    return result
+
+
+def _dynamic_program(loss: Array, params: Array, possible: npt.NDArray[np.bool_], limit: int) -> Picks | None:
+    """Best picks among the possible ones, sizes rounded up to 1 / STEPS of the limit, so that they always fit.
+
+    None if a tight budget leaves no room for the rounding.
+    """
     unit = max(limit / STEPS, 1.0)
     steps = int(limit / unit)
     best = np.zeros(steps + 1)  # least loss of the groups so far within each budget
-    trail: list[tuple[Picks, Picks]] = []
+    trail: list[tuple[Picks, Picks, npt.NDArray[np.unsignedinteger]]] = []
     for g in range(len(params)):
         candidates = np.flatnonzero(possible[g])
-        units = np.ceil(params[g, candidates] / unit).astype(int)
+        units = np.ceil(params[g, candidates] / unit).astype(np.intp)
         after = np.full(steps + 1, math.inf)
-        pick = np.zeros(steps + 1, dtype=np.int16)
-        for i, (candidate, used) in enumerate(zip(candidates, units, strict=True)):
-            if used <= steps:
-                total = best[: steps + 1 - used] + loss[g, candidate]
-                wins = total < after[used:]
-                after[used:][wins] = total[wins]
-                pick[used:][wins] = i
-        trail.append((candidates[pick], units[pick]))
+        pick = np.zeros(steps + 1, dtype=np.min_scalar_type(len(candidates)))
+        for i in np.flatnonzero(units <= steps):
+            used = units[i]
+            total = best[: steps + 1 - used] + loss[g, candidates[i]]
+            wins = total < after[used:]
+            np.copyto(after[used:], total, where=wins)
+            np.copyto(pick[used:], i, where=wins, casting="unsafe")
+        trail.append((candidates, units, pick))
         best = after
     if not np.isfinite(best[steps]):
-        return fallback  # rounding up made a tight budget infeasible; the exchanges have already filled it
-    picks, at = np.zeros(len(params), dtype=int), steps
+        return None
+    picks, at = np.zeros(len(params), dtype=np.intp), steps
     for g in reversed(range(len(params))):
-        choices, units = trail[g]
-        picks[g] = choices[at]
-        at -= units[at]
+        candidates, units, pick = trail[g]
+        picks[g] = candidates[pick[at]]
+        at -= units[pick[at]]
     return picks
 
 
-def _limit_macs(table: _Table, max_params: int, max_macs: int) -> tuple[Picks, float]:
-    """A second limit through its own price, found by bisection; the bound stays a bound."""
-    macs = np.where(np.isfinite(table.macs), table.macs, 0.0)
-
-    def at(price: float) -> tuple[Picks, float]:
-        picks, bound = _knapsack(table, table.loss + price * macs, max_params)
-        return picks, bound - price * max_macs
-
-    low, high = 0.0, float(table.loss[np.isfinite(table.loss)].max() / max_macs) or 1.0
-    for _ in range(BISECTIONS):
-        if _total(macs, at(high)[0]) <= max_macs:
-            break
-        high *= 4
-    else:
-        fewest = _total(macs, at(high)[0])
+def _limit_macs(table: _Table, max_params: int, max_macs: int, bound: float) -> tuple[Picks, float]:
+    """A second limit through its own price, found by bisection; each price gives a bound, the highest counts."""
+    picks = _knapsack(table.macs, table.params, max_params)[0]
+    if (fewest := _total(table.macs, picks)) > max_macs:
         raise BudgetError(
             f"{max_macs:,} multiply-adds per token cannot be kept with {max_params:,} parameters; "
             f"these rules reach {fewest:,.0f}"
         )
-    picks, bound = at(high)
+    limits = [(table.params, max_params), (table.macs, max_macs)]
+    macs = np.where(np.isfinite(table.macs), table.macs, 0.0)
+    found = [_fill(table.loss, picks, limits)]
+
+    def keeps(price: float) -> bool:
+        nonlocal bound
+        trial, trial_bound, _ = _relax(table.loss + price * macs, table.params, max_params)
+        bound = max(bound, trial_bound - price * max_macs - ROUNDING * (trial_bound + price * max_macs))
+        kept = _total(table.macs, trial) <= max_macs
+        if kept:
+            found.append(trial)
+        return kept
+
+    top = _largest(table.loss)
+    low, high = 0.0, LOWEST_PRICE * top
+    while not keeps(high) and high < top:
+        low, high = high, high * 4
     for _ in range(MACS_BISECTIONS):
         middle = (low + high) / 2
-        trial, trial_bound = at(middle)
-        bound = max(bound, trial_bound)
-        if _total(macs, trial) <= max_macs:
-            high = middle
-            picks = min(picks, trial, key=lambda p: _total(table.loss, p))
-        else:
-            low = middle
-    return picks, bound
+        low, high = (low, middle) if keeps(middle) else (middle, high)
+    last = _knapsack(table.loss + high * macs, table.params, max_params)[0]
+    if _total(table.macs, last) <= max_macs:
+        found.append(last)
+    best = min(found, key=lambda p: _total(table.loss, p))
+    return _fill(table.loss, best, limits), bound

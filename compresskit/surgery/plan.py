@@ -58,7 +58,8 @@ class Plan:
         left: weight matrices that stay dense, and why.
         num_params: parameters of the dense model.
         coverage: share of them that is in replaceable layers, whether the rules chose them or not.
-        gap: proven distance of the budget's loss from the optimum, as a share; None for a plan that was read.
+        gap: proven distance of the budget's loss from the least that the priced structures reach, as a share; None for
+            a plan that was read.
     """
 
     sites: tuple[PlannedSite, ...]

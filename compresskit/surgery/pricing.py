@@ -101,8 +101,7 @@ def make_plan(
         BudgetError: the rules cannot reach the budget; says what they reach and what holds them back.
         WeightError: a weight holds NaN or infinity, or is no real matrix; names it.
     """
-    menus: Mapping[str, Sequence[Structure]]
-    menus = {site.name: _menu(site, d, allow_slower=allow_slower) for site, d in assignment.chosen}
+    menus: Mapping[str, Sequence[Structure]] = _menus(assignment, allow_slower=allow_slower)
     if max_params is None:
         _refuse_choice(assignment, menus)
     else:
@@ -124,6 +123,18 @@ def make_plan(
         raise BudgetError("every site would stay dense: the budget is too generous, or the method has no structure")
     plan = Plan(planned, (*assignment.left, *dense), num_params, assignment.coverage, gap)
     return Planned(plan, {p.site.name: p.analysis for p in priced if p.analysis is not None})
+
+
+def _menus(assignment: Assignment, *, allow_slower: bool) -> dict[str, list[Structure]]:
+    """Menu of each site by its name; sites that are alike share one, since a deep model has few shapes."""
+    made: dict[object, list[Structure]] = {}
+    menus: dict[str, list[Structure]] = {}
+    for site, decomposition in assignment.chosen:
+        key = (decomposition, site.rows, site.cols, site.kinds, site.extra_params)
+        if key not in made:
+            made[key] = _menu(site, decomposition, allow_slower=allow_slower)
+        menus[site.name] = made[key]
+    return menus
 
 
 def _menu(site: Site, decomposition: Decomposition, *, allow_slower: bool) -> list[Structure]:

@@ -20,6 +20,13 @@ PACKAGE_VERSION = "0.1.0"
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 METHODS = ("kronecker", "svd")
 
+LEGEND = """\
+error: relative Frobenius error of the replaced weights.
+forward: 8 texts of 128 tokens, the models in turn; speed-up: against the original.
+cosine: between compressed and original sentence embedding, mean of 40 sentences.
+rank: Spearman correlation of the similarities of all pairs of these sentences.
+At a high ratio, distillation has to bring the quality back."""
+
 
 @click.command(name="demo", cls=Command)
 @click.option("--ratio", type=float, default=19.0, show_default=True, help="Original / compressed parameters.")
@@ -52,7 +59,12 @@ def command(ratio: float, output: Path | None, as_json: bool) -> None:
         for method, report in zip(METHODS, reports, strict=True)
     ]
     rows = [{**row, **{k: v for k, v in m.items() if k != "folder"}} for row, m in zip(rows, measured, strict=True)]
-    click.echo(json.dumps(rows, indent=1)) if as_json else _print(rows)
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+    else:
+        _print(rows)
+        if output is not None:
+            render.say(f"The checkpoints are in {output}.")
 
 
 def find_minilm() -> Path:
@@ -112,18 +124,13 @@ def _print(rows: list[dict[str, Any]]) -> None:
             f"{row['achieved_ratio']:.2f}",
             render.size(row["disk_bytes"]),
             f"{row['relative_error']:.3f}" if "relative_error" in row else "",
-            f"{row['time_s'] * 1000:.0f} ms, {row['time_ratio']:.2f} x",
+            f"{row['time_s'] * 1000:.0f} ms",
+            f"{row['time_ratio']:.2f} x",
             f"{row['cosine']:.3f}",
             f"{row['similarity_rank_correlation']:.3f}",
         )
         for row in rows
     ]
-    columns = ("model", "parameters", "ratio", "on disk", "error", "forward, speed-up", "cosine", "rank correlation")
+    columns = ("model", "parameters", "ratio", "on disk", "error", "forward", "speed-up", "cosine", "rank")
     render.table("all-MiniLM-L6-v2, no training after compression", columns, cells)
-    render.console.print(
-        "error: relative Frobenius error of the replaced weights. forward: 8 texts of 128 tokens, measured in turn.\n"
-        "cosine: mean over 40 sentences of the cosine between compressed and original sentence embedding; rank\n"
-        "correlation: Spearman, over all pairs of sentences, of their similarity before and after. At this ratio\n"
-        "distillation has to bring the quality back.",
-        highlight=False,
-    )
+    render.console.print(LEGEND)

@@ -53,4 +53,6 @@ def _row(site: Any) -> tuple[str, ...]:
 
 def _text(value: Any) -> str:
     """Provenance is whatever the maker of the checkpoint wrote."""
-    return ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else str(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
+    return " ".join(map(_text, value)) if isinstance(value, list | tuple) else str(value)

@@ -8,7 +8,8 @@ from compresskit.testing import CHECKS
 VARIANTS = {
     "kronecker": ({"terms": "2"}, {"small": "right"}, {"small": "both", "terms": "3"}, {"left": "2x2"}),
     "svd": ({"solver": "randomized"}, {"rank": "2"}),
-    "tucker": ({"fold": "cols"}, {"heads": "4", "sweeps": "0"}),
+    "tucker": ({"fold": "cols"}, {"heads": "4", "sweeps": "0"}, {"ranks": "2x3x2"}),
+    "tensor-train": ({"ranks": "2x3x2"},),
 }
 """Options beside the defaults that are worth a run."""
 

@@ -1,5 +1,6 @@
 """Tensor train: the chain of cores, the bound of TT-SVD, and truncated SVD as a special case."""
 
+import itertools
 import math
 
 import numpy as np
@@ -166,13 +167,13 @@ def test_the_menu_is_dense_enough_and_not_too_long(shape, lookup):
     rows, cols = shape
     menu = list(TensorTrain().menu(rows, cols, lookup=lookup))
     sizes = sorted(s.num_params for s in menu if 1 / 64 <= s.num_params / (rows * cols) <= 1)
-    steps = [after / before for before, after in zip(sizes, sizes[1:], strict=False)]
+    steps = [after / before for before, after in itertools.pairwise(sizes)]
     smallest_step = (rows + cols) / (rows * cols / 64)  # from one rank to the next
     assert max(steps) <= 1.02 + smallest_step
     assert len(menu) <= 400
     assert all(s.macs <= rows * cols for s in menu)
     if lookup:
-        assert max(s.lookup_macs / s.ranks[1] for s in menu) <= 3 * cols
+        assert all(s.lookup_macs <= cols * (s.ranks[1] + sum(s.col_modes)) for s in menu)
 
 
 def test_shapes_too_thin_to_gain_anything_have_an_empty_menu():
@@ -184,7 +185,7 @@ def test_fixed_ranks_are_the_whole_menu():
     assert list(decomposition("tensor-train", {"ranks": "2x7x3"}).menu(24, 30)) == [structure]
     for impossible in [(5, 7, 3), (2, 13, 3), (2, 7, 7)]:
         assert list(TensorTrain(ranks=impossible).menu(24, 30)) == []
-    with pytest.raises(BudgetError, match="tensor-train has no structure for 24 x 30"):
+    with pytest.raises(BudgetError, match="has no structure for 24 x 30"):
         TensorTrain(ranks=(5, 7, 3)).fit(sample_weight(24, 30), ratio=1)
 
 

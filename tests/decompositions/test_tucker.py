@@ -1,5 +1,6 @@
 """Tucker: what the conformance suite cannot know - the fold, the ranks, HOOI, and truncated SVD as a special case."""
 
+import itertools
 import math
 
 import numpy as np
@@ -77,8 +78,8 @@ def test_full_folded_modes_are_the_truncated_svd(shape, fold):
     (whole,) = [
         s
         for s in Tucker(fold=fold).menu(*shape)
-        if set(s.factor_specs()) == {"core", "col_last" if fold == "rows" else "row_last"} and rank in s.ranks
         if math.prod(s.ranks) == rank * (shape[0] if fold == "rows" else shape[1])
+        and set(s.factor_specs()) == {"core", "col_last" if fold == "rows" else "row_last"}
     ]
     low_rank = LowRank(*shape, rank)
     assert (whole.num_params, whole.macs) == (low_rank.num_params, low_rank.macs)
@@ -111,7 +112,7 @@ def test_hooi_starts_from_the_price_and_each_sweep_gains(structure):
     relative_price = math.sqrt(price) / float(weight.norm())
     errors = [Tucker(sweeps=sweeps).fit(weight, structure=structure).relative_error for sweeps in (0, 1, 2, 5)]
     torch.testing.assert_close(errors[0], relative_price, rtol=1e-7, atol=1e-9)  # sweeps=0: truncated HOSVD
-    assert all(after <= before * (1 + 1e-9) for before, after in zip(errors, errors[1:], strict=False))
+    assert all(after <= before * (1 + 1e-9) for before, after in itertools.pairwise(errors))
     assert errors[1] < errors[0] or len(structure.factor_specs()) == 2
 
 
@@ -188,13 +189,13 @@ def test_the_menu_is_dense_enough_and_not_too_long(shape, lookup):
     rows, cols = shape
     menu = list(Tucker().menu(rows, cols, lookup=lookup))
     sizes = sorted(s.num_params for s in menu if 1 / 64 <= s.num_params / (rows * cols) <= 1)
-    steps = [after / before for before, after in zip(sizes, sizes[1:], strict=False)]
+    steps = [after / before for before, after in itertools.pairwise(sizes)]
     smallest_step = (rows + cols) / (rows * cols / 64)  # from one rank to the next
     assert max(steps) <= 1.02 + smallest_step
     assert len(menu) <= 400
     assert all(s.macs <= rows * cols for s in menu)
     if lookup:
-        assert max(s.lookup_macs / s.row_ranks[1] for s in menu) <= 3 * cols
+        assert all(s.lookup_macs <= cols * (s.row_ranks[1] + sum(s.col_modes)) for s in menu)
 
 
 def test_shapes_too_thin_to_gain_anything_have_an_empty_menu():
@@ -208,7 +209,7 @@ def test_fixed_ranks_are_the_whole_menu():
     assert list(Tucker(ranks=(2, 3, 5), fold="cols").menu(24, 30)) == [by_cols]
     for impossible in [(5, 3, 5), (2, 3, 7), (4, 6, 31)]:
         assert list(Tucker(ranks=impossible).menu(24, 30)) == []
-    with pytest.raises(BudgetError, match="tucker has no structure for 24 x 30"):
+    with pytest.raises(BudgetError, match="has no structure for 24 x 30"):
         Tucker(ranks=(5, 3, 5)).fit(sample_weight(24, 30), ratio=1)
 
 

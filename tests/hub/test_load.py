@@ -132,6 +132,16 @@ def test_a_damaged_index_and_a_missing_shard(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:Casting complex values to real")
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+def test_weights_that_are_no_real_numbers(dtype: torch.dtype, folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    save_file({**tensors, name: tensors[name].to(dtype)}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"must be real floating-point numbers, but in .* {name} is (I8|C64)"):
+        load_model(folder)
+
+
 def test_another_quantisation(folder: Path) -> None:
     edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(CheckpointError, match="already quantised by gptq; give the unquantised model"):

@@ -3,22 +3,30 @@
 import copy
 import json
 import pickle
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from torch import nn
 
+import compresskit
 from compresskit.core.decomposition import Decomposition, module_from
 from compresskit.core.modules import FactorizedModule
 from compresskit.core.registry import decompositions
 from compresskit.decompositions.kronecker import Kronecker
 from compresskit.decompositions.svd import SVD
 from compresskit.hub import mark_compressed
-from compresskit.surgery.layout import dequantize_, layout_of, swap_
+from compresskit.hub.tied import _pattern as tied_pattern
+from compresskit.surgery import layout
+from compresskit.surgery.layout import layout_of, swap_
 from compresskit.surgery.sites import count_params
 from tests.hub.tiny import IDS, MODELS, assert_same_tensors, compress_, compressed, dense, outputs
 
@@ -156,12 +164,23 @@ def test_dequantize_takes_a_dtype() -> None:
     assert {p.dtype for p in compressed("bert").to(torch.float16).dequantize().parameters()} == {torch.float16}
 
 
-def test_layers_made_dense_by_hand_are_saved_as_dense(tmp_path: Path) -> None:
+@pytest.mark.parametrize("undo", [compresskit.dequantize_, layout.dequantize_], ids=["public", "surgery"])
+def test_layers_made_dense_by_hand_are_saved_as_dense(undo: Callable[[Any], None], tmp_path: Path) -> None:
     model = compressed("bert-mlm")
-    dequantize_(model)
+    undo(model)
     again = reopen(model, tmp_path)
     assert not hasattr(again.config, "quantization_config")
     torch.testing.assert_close(outputs(again), outputs(model), rtol=0, atol=0)
+
+
+def test_a_model_made_dense_ties_its_weights_again() -> None:
+    wrapper = nn.Sequential(compressed("bert-mlm"))
+    compresskit.dequantize_(wrapper)
+    model = wrapper[0]
+    model.tie_weights()
+    model.resize_token_embeddings(100)
+    assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
+    assert not hasattr(model, "hf_quantizer")
 
 
 def test_factors_shared_by_layers_are_stored_once(tmp_path: Path) -> None:
@@ -179,6 +198,14 @@ def test_factors_shared_by_layers_are_stored_once(tmp_path: Path) -> None:
     assert first.left.weight is not second.left.weight
     assert_same_tensors(model, again)
     assert count_params(again) == count_params(model)
+
+
+def test_tied_names_are_not_taken_for_prefixes() -> None:
+    """transformers reads a tied name as the beginning of an expression; a factor `core1` must not tie `core10`."""
+    names = {"table.core1", "table.core10", "table.core2"}
+    for name in names:
+        pattern = f"^{tied_pattern(name, names)}"
+        assert [other for other in sorted(names) if re.search(pattern, other)] == [name]
 
 
 def test_tying_again_changes_nothing(tmp_path: Path) -> None:
@@ -205,6 +232,28 @@ def test_offloading_to_disk(tmp_path: Path) -> None:
     again = type(model).from_pretrained(tmp_path / "small", device_map=places, offload_folder=tmp_path / "disk")
     with torch.no_grad():
         torch.testing.assert_close(again(IDS).logits, model(IDS).logits)
+
+
+def test_push_to_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hub:
+        def create_repo(self, name: str, **options: Any) -> Any:
+            return SimpleNamespace(repo_id=name)
+
+        def create_commit(self, operations: Any, **options: Any) -> None:
+            for operation in operations:
+                shutil.copy(operation.path_or_fileobj, tmp_path / operation.path_in_repo)
+
+    def card(name: str, tags: list[str], token: Any = None) -> ModelCard:
+        return ModelCard(f"---\ntags: {json.dumps(tags)}\n---\n")
+
+    monkeypatch.setattr(transformers.utils.hub, "hf_api", Hub)
+    monkeypatch.setattr(transformers.utils.hub, "create_and_tag_model_card", card)
+    model = compressed("bert-mlm")
+    model.push_to_hub("me/small")
+    assert_same_tensors(model, transformers.AutoModelForMaskedLM.from_pretrained(tmp_path))
+    assert "embeddings.word_embeddings.weight" in "".join(keys(tmp_path))
+    assert ModelCard.load(tmp_path / "README.md").data.tags == ["compresskit"]
+    assert model.dequantize().model_tags is None
 
 
 def test_a_plain_model_has_nothing_to_mark() -> None:
