@@ -1,11 +1,14 @@
 """What all tests share: one torch thread, reproducible property tests, and the folder of the real model."""
 
 import importlib.util
+import os
 import pathlib
 
 import pytest
 import torch
 from hypothesis import settings
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a hub; read when huggingface_hub is imported
 
 import compresskit.decompositions  # noqa: F401 - registers the built-in ones
 

@@ -72,6 +72,7 @@ def test_every_number_of_the_report_is_true(case):
     for site in report.sites:
         module, before = model.get_submodule(site.name), dense.get_submodule(site.name).weight.double()
         assert site.params_before == before.numel()
+        assert module.weight.shape == before.shape
         factors = sum(f.numel() for f in module.factors().values())
         padding = [m.padding_row for n in site.names if hasattr(m := model.get_submodule(n), "padding_row")]
         assert site.params_after == factors + sum(row.numel() for row in padding if row is not None)

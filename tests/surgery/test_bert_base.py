@@ -3,11 +3,14 @@
 All layers hold the weights of the first, so that each distinct weight is analysed once for all plans.
 """
 
+import json
+
 import pytest
 import torch
 import transformers
 
 import compresskit
+from compresskit import Kronecker
 from tests.models import remember_analyses
 
 RATIOS = (7.7, 19, 21)
@@ -42,3 +45,65 @@ def test_uniform_shapes_come_as_close(bert_base, method):
     assert 19 <= planned.ratio <= 1.02 * 19
     assert len({(p.site.kinds, p.site.rows, p.site.cols, p.structure) for p in planned.sites}) <= 6
     assert len(planned.sites) >= 1 + 12 * 6
+
+
+PADDING = 768
+"""The exact padding row that stays beside the factors; the papers approximate it like any other."""
+
+
+class TestKroneckerBert:
+    """The shapes of Tahaei et al. (NAACL 2022), whose parameter counts are known, from rules alone."""
+
+    def shapes(self, words, attention, up, down):
+        def sides(left, right):
+            return Kronecker(small="right", left=left, right=right)
+
+        return {
+            "*.word_embeddings": sides(*words),
+            "*.attention.*": sides(*attention),
+            "*.intermediate.*": sides(*up),
+            "*.layer.*.output.dense": sides(*down),
+        }
+
+    def planned(self, bert_base, *shapes, **more):
+        return compresskit.plan(bert_base, rules={**self.shapes(*shapes), **more})
+
+    K21 = (
+        ((30522, 48), (1, 16)),
+        ((384, 48), (2, 16)),
+        ((16, 2), (192, 384)),
+        ((2, 16), (384, 192)),
+    )
+    K8 = (
+        ((30522, 96), (1, 8)),
+        ((384, 384), (2, 2)),
+        ((8, 2), (384, 384)),
+        ((2, 8), (384, 384)),
+    )
+
+    def test_k21(self, bert_base):
+        planned = self.planned(bert_base, *self.K21)
+        assert planned.num_params == 109_482_240
+        assert planned.params_after == 5_228_272 + PADDING
+        assert planned.ratio == pytest.approx(20.94, abs=0.005)
+        assert len(planned.sites) == 1 + 12 * 6
+        assert [(p.structure.left, p.structure.right) for p in planned.sites[:7]] == [
+            self.K21[i] for i in (0, 1, 1, 1, 1, 2, 3)
+        ]
+        assert {r.name: r.reason for r in planned.left if r.num_params > 5000} == {
+            "embeddings.position_embeddings": "no pattern includes it",
+            "pooler.dense": "no pattern includes it",
+        }
+
+    def test_k8_with_either_pooler(self, bert_base):
+        assert self.planned(bert_base, *self.K8).params_after == 14_654_216 + PADDING
+        pooler = Kronecker(small="right", left=(384, 384), right=(2, 2))
+        planned = self.planned(bert_base, *self.K8, **{"pooler.*": pooler})
+        assert planned.params_after == 14_211_852 + PADDING
+        assert planned.ratio == pytest.approx(7.70, abs=0.005)
+
+    def test_a_plan_of_the_paper_survives_json(self, bert_base):
+        planned = self.planned(bert_base, *self.K21)
+        again = compresskit.plan_from_json(json.loads(json.dumps(planned.to_json())), bert_base)
+        assert again.sites == planned.sites
+        assert again.params_after == planned.params_after
