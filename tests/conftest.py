@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pathlib
+import signal
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a hub; read when hugging
 import compresskit.decompositions  # noqa: F401 - registers the built-in ones
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if a shell started us in the background
 settings.register_profile("deterministic", derandomize=True, deadline=None)
 settings.load_profile("deterministic")
 
