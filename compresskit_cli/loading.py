@@ -15,7 +15,7 @@ def return_large_blocks() -> None:
     """Have the C library give every large freed block back to the system, where it can be told so (glibc).
 
     By default it raises its own limit for that, and keeps fragments between the factors of one layer and the next:
-    a third of the peak memory of compressing bert-base.
+    about a fifth of the peak memory of compressing bert-base (Kronecker 22 %, SVD 19 %).
     """
     import ctypes
 
