@@ -1,27 +1,10 @@
 """Loading the model that a command works on."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-LARGE_BLOCK = 1_000_000
-
-
-def return_large_blocks() -> None:
-    """Have the C library give every large freed block back to the system, where it can be told so (glibc).
-
-    By default it raises its own limit for that, and keeps fragments between the factors of one layer and the next:
-    about a fifth of the peak memory of compressing bert-base (Kronecker 22 %, SVD 19 %).
-    """
-    import ctypes
-
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(-3, LARGE_BLOCK)  # M_MMAP_THRESHOLD
 
 
 def quiet_transformers() -> None:
@@ -44,7 +27,6 @@ def load(model: str, *, revision: str | None, dtype: str, device: str, seed: int
     from compresskit.errors import CheckpointError, OptionError
     from compresskit.hub import load_model, read_map, resolve
 
-    return_large_blocks()
     quiet_transformers()
     torch.manual_seed(seed)
     try:

@@ -6,10 +6,12 @@ default, which makes the wide factor one large GEMM without a transposed copy an
 encoder, fits better; `small=right` is the papers' A (x) B.
 """
 
+import functools
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import ClassVar, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -23,6 +25,10 @@ from compresskit.errors import OptionError, StructureError
 MAX_SMALL_SIDE = 64
 MAX_SMALL_SIZE = 576
 """The menu offers small factors up to this many entries: the side of the Gram matrix that prices them."""
+COPY_COST = 64
+"""What a rearranged copy of the weight costs besides its Gram matrix, in sides of a Gram matrix."""
+HALVED_SIZE = 128
+"""From this side on, half of a Gram matrix is left out (5/8 are multiplied, in four strips)."""
 MAX_PADDING = 0.01
 """Share of padded rows that the menu tolerates where the rows have too few divisors."""
 
@@ -232,15 +238,36 @@ def _small_sides(rows: int) -> list[int]:
     return sorted({*sides, *(p for p in powers if p <= rows and -rows % p <= MAX_PADDING * rows)})
 
 
+class _Grid(NamedTuple):
+    """How a weight is cut: the small factor is p x q and stands on the left or on the right."""
+
+    left: bool
+    p: int
+    q: int
+
+    @property
+    def size(self) -> int:
+        return self.p * self.q
+
+    def refines(self, other: "_Grid", rows: int) -> bool:
+        """Whether each block of the other grid is a union of blocks of this one (with the same padding: none)."""
+        fits = self.p % other.p == 0 and self.q % other.q == 0 and rows % self.p == 0
+        return self == other or (self.left == other.left and fits)
+
+
+def _grid(structure: Structure) -> _Grid:
+    assert isinstance(structure, KroneckerSum)
+    return _Grid(structure.small_left, *structure.small)
+
+
 @final
 class _KroneckerAnalysis(Analysis):
-    """Gram matrices of the blocks of W, finest grids first: the Gram matrix of a coarser grid is a partial trace."""
+    """Gram matrices of the blocks of W: one of a fine grid, its partial traces are those of the coarser ones."""
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight
         self._energy = squared_norm(weight)
-        self._grams: dict[tuple[bool, int, int], Tensor] = {}
-        self._spectra: dict[tuple[bool, int, int], list[float]] = {}
+        self._spectra: dict[_Grid, list[float]] = {}
 
     def squared_errors(self, structures: Sequence[Structure]) -> list[float]:
         self._prepare_spectra({_grid(structure) for structure in structures})
@@ -250,80 +277,86 @@ class _KroneckerAnalysis(Analysis):
         assert isinstance(structure, KroneckerSum)
         return sum(self._spectra[_grid(structure)][-structure.terms :])
 
-    def _prepare_spectra(self, keys: set[tuple[bool, int, int]]) -> None:
-        """Spectra of all these grids, coarse Gram matrices from the next finer ones, equal sizes in one call."""
-        missing = sorted(keys - self._spectra.keys(), key=lambda key: (-key[1] * key[2], key))
-        self._prepare_grids(missing)
-        by_size: dict[int, list[tuple[bool, int, int]]] = {}
-        for key in missing:
-            self._gram(key)
-            by_size.setdefault(key[1] * key[2], []).append(key)
+    def _prepare_spectra(self, grids: set[_Grid]) -> None:
+        """Spectra of all these grids; Gram matrices of one size share a call."""
+        missing = sorted(grids - self._spectra.keys())
+        by_size: dict[int, list[tuple[_Grid, Tensor]]] = {}
+        for fine, covered in _cover(tuple(missing), *self._weight.shape).items():
+            gram = _gram(self._blocks(fine))
+            for grid in covered:
+                by_size.setdefault(grid.size, []).append((grid, _coarsen(gram, fine, grid)))
         for same in by_size.values():
-            values = torch.linalg.eigvalsh(torch.stack([self._gram(key) for key in same]).double())
-            self._spectra.update(zip(same, values.tolist(), strict=True))
-        self._grams.clear()  # quicker to compute again for the one that is chosen than to keep for all sites
+            values = torch.linalg.eigvalsh(torch.stack([gram for _, gram in same]).double())
+            self._spectra.update(zip([grid for grid, _ in same], values.tolist(), strict=True))
 
     def factors(self, structure: Structure) -> dict[str, Tensor]:
         assert isinstance(structure, KroneckerSum)
         (p, q), (r, s), k = structure.small, structure.wide, structure.terms
-        _, vectors = torch.linalg.eigh(self._gram(_grid(structure)).double())
+        blocks = self._blocks(_grid(structure))
+        _, vectors = torch.linalg.eigh(_gram(blocks).double())
         top = vectors[:, -k:].flip(-1).T.to(self._weight.dtype)  # (terms, p * q)
         top = top * torch.sign(top.gather(-1, top.abs().argmax(-1, keepdim=True)))  # eigenvectors have no sign
-        wide = top @ self._blocks(_grid(structure))  # (terms, r * s)
+        wide = top @ blocks  # (terms, r * s)
         scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).sqrt()  # split evenly: both train at one scale
         wide = torch.where(scale > 0, wide / scale, 0.0)
         return structure.pack((top * scale).view(k, p, q), wide.view(k, r, s))
 
-    def _prepare_grids(self, keys: Sequence[tuple[bool, int, int]]) -> None:
-        """Compute the Gram matrices of as few, as fine grids as cover all of `keys`, given largest first."""
-        rows, cols = self._weight.shape
-        grids: list[tuple[bool, int, int]] = []
-        for left, p, q in keys:
-            for i, (other, big_p, big_q) in enumerate(grids):
-                fine = (left, math.lcm(p, big_p), math.lcm(q, big_q))
-                if left == other and fine[1] * fine[2] <= MAX_SMALL_SIZE and rows % fine[1] == cols % fine[2] == 0:
-                    grids[i] = fine
-                    break
-            else:
-                grids.append((left, p, q))
-        for key in grids:
-            self._gram(key)
-
-    def _gram(self, key: tuple[bool, int, int]) -> Tensor:
-        """Inner products of the blocks (p * q, p * q), row-major over the small factor's entries."""
-        if key not in self._grams:
-            finer = min((g for g in self._grams if self._refines(g, key)), key=lambda g: g[1] * g[2], default=None)
-            self._grams[key] = self._from_blocks(key) if finer is None else _coarsen(self._grams[finer], finer, key)
-        return self._grams[key]
-
-    def _refines(self, fine: tuple[bool, int, int], coarse: tuple[bool, int, int]) -> bool:
-        same_padding = self._weight.shape[0] % fine[1] == 0
-        return fine[0] == coarse[0] and fine[1] % coarse[1] == 0 and fine[2] % coarse[2] == 0 and same_padding
-
-    def _from_blocks(self, key: tuple[bool, int, int]) -> Tensor:
-        blocks = self._blocks(key)
-        return blocks @ blocks.T
-
-    def _blocks(self, key: tuple[bool, int, int]) -> Tensor:
+    def _blocks(self, grid: _Grid) -> Tensor:
         """W cut into the entries that share one entry of the small factor: (p * q, r * s)."""
-        left, p, q = key
+        p, q = grid.p, grid.q
         rows, cols = self._weight.shape
         r, s = -(-rows // p), cols // q
         weight = self._weight if p * r == rows else F.pad(self._weight, (0, 0, 0, p * r - rows))
-        if left:
+        if grid.left:
             return weight.view(p, r, q, s).permute(0, 2, 1, 3).reshape(p * q, r * s)
         return weight.view(r, p, s, q).permute(1, 3, 0, 2).reshape(p * q, r * s)
 
 
-def _grid(structure: Structure) -> tuple[bool, int, int]:
-    assert isinstance(structure, KroneckerSum)
-    return structure.small_left, *structure.small
+@functools.lru_cache(maxsize=256)
+def _cover(grids: tuple[_Grid, ...], rows: int, cols: int) -> Mapping[_Grid, Sequence[_Grid]]:
+    """Grids whose Gram matrices are computed, and which of `grids` each of them serves.
+
+    A Gram matrix costs multiply-adds as many as the weight times its side, and a rearranged copy: two grids are
+    merged into their common refinement as long as that is cheaper than what it replaces.
+    """
+    left = [g for g in grids if not any(other != g and other.refines(g, rows) for other in grids)]
+
+    def cost(covered: Iterable[_Grid]) -> int:
+        return sum(g.size + COPY_COST for g in covered)
+
+    while True:
+        best: tuple[int, _Grid | None] = (0, None)
+        for a, b in itertools.combinations(left, 2):
+            fine = _Grid(a.left, math.lcm(a.p, b.p), math.lcm(a.q, b.q))
+            if a.left == b.left and rows % fine.p == cols % fine.q == 0 and fine.size <= MAX_SMALL_SIZE:
+                saved = cost(g for g in left if fine.refines(g, rows)) - cost([fine])
+                best = max(best, (saved, fine), key=lambda pair: pair[0])
+        if best[1] is None:
+            return {g: [x for x in grids if g == next(f for f in left if f.refines(x, rows))] for g in left}
+        fine = best[1]
+        left = [*(g for g in left if not fine.refines(g, rows)), fine]
 
 
-def _coarsen(gram: Tensor, fine: tuple[bool, int, int], coarse: tuple[bool, int, int]) -> Tensor:
+def _gram(blocks: Tensor) -> Tensor:
+    """blocks @ blocks.T; of a large one, only what is on and above the diagonal is multiplied."""
+    n = len(blocks)
+    if n < HALVED_SIZE:
+        return blocks @ blocks.T
+    gram = blocks.new_empty(n, n)
+    step = -(-n // 4)
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        torch.matmul(blocks[start:stop], blocks[start:].T, out=gram[start:stop, start:])
+        gram[stop:, start:stop] = gram[start:stop, stop:].T
+    return gram
+
+
+def _coarsen(gram: Tensor, fine: _Grid, coarse: _Grid) -> Tensor:
     """Gram matrix of a coarser grid: a coarse block is a union of fine ones, so their inner products add up."""
-    (left, fine_p, fine_q), (_, p, q) = fine, coarse
-    a, b = fine_p // p, fine_q // q
-    if left:
+    if fine == coarse:
+        return gram
+    p, q = coarse.p, coarse.q
+    a, b = fine.p // p, fine.q // q
+    if fine.left:
         return torch.einsum("iajbkalb->ijkl", gram.view(p, a, q, b, p, a, q, b)).reshape(p * q, p * q)
     return torch.einsum("aibjakbl->ijkl", gram.view(a, p, b, q, a, p, b, q)).reshape(p * q, p * q)

@@ -10,9 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-import tensorly as tl
 import torch
-from tensorly.decomposition import tensor_train
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -224,6 +222,9 @@ def _checked(structure: Structure) -> TrainCores:
 
 def _train(tensor: Tensor, ranks: tuple[int, ...]) -> list[Tensor]:
     """TT-SVD: orthonormal cores but for the last; the outer two as matrices."""
+    import tensorly as tl  # half a second, for this method only
+    from tensorly.decomposition import tensor_train
+
     with tl.backend_context("pytorch", local_threadsafe=True):
         first, *inner, last = tensor_train(tensor, rank=[1, *ranks, 1]).factors
     return [first[0], *inner, last[..., 0]]

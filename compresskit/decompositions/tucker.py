@@ -12,9 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
-import tensorly as tl
 import torch
-from tensorly.decomposition import partial_tucker
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -304,6 +302,9 @@ def _hooi(block: Tensor, ranks: Mapping[int, int], sweeps: int) -> tuple[Tensor,
     """Core and orthonormal (size, rank) matrices by axis, from the leading block on; each sweep keeps more energy."""
     start = [torch.eye(block.shape[axis], rank, dtype=block.dtype, device=block.device) for axis, rank in ranks.items()]
     core = block[tuple(slice(ranks.get(axis)) for axis in range(block.dim()))]
+    import tensorly as tl  # half a second, for this method only
+    from tensorly.decomposition import partial_tucker
+
     with tl.backend_context("pytorch", local_threadsafe=True):
         (core, rotations), _ = partial_tucker(
             block,

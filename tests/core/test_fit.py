@@ -60,9 +60,12 @@ def test_what_is_no_finite_real_matrix_is_refused_by_name(weight, message):
         as_matrix(weight, "layer.0")
 
 
-def test_large_finite_weights_are_accepted():
-    largest = torch.full((300, 300), torch.finfo(torch.float64).max, dtype=torch.float64)
-    torch.testing.assert_close(as_matrix(largest), largest, rtol=0, atol=0)
+@pytest.mark.parametrize("dtype, value", [(torch.float32, 1e19), (torch.float64, 1e154)])
+def test_values_whose_squares_overflow_are_refused(dtype, value):
+    large = torch.full((300, 300), value, dtype=dtype)
+    with pytest.raises(WeightError, match=r"this weight holds values up to 1.0e\+\d+, too large to be squared"):
+        as_matrix(large)
+    torch.testing.assert_close(as_matrix(large / 1e4), large / 1e4, rtol=0, atol=0)
 
 
 @given(st.floats(-30, 30), st.floats(0, 2))
