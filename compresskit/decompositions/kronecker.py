@@ -22,7 +22,7 @@ from compresskit.core.registry import register
 from compresskit.core.structure import Factor, Structure, TensorSpec, linear, tensor_of
 from compresskit.errors import OptionError, StructureError
 
-MAX_SMALL_SIDE = 64
+MAX_SMALL_SIDE = 48
 MAX_SMALL_SIZE = 576
 """The menu offers small factors up to this many entries: the side of the Gram matrix that prices them."""
 COPY_COST = 64
@@ -281,10 +281,11 @@ class _KroneckerAnalysis(Analysis):
         """Spectra of all these grids; Gram matrices of one size share a call."""
         missing = sorted(grids - self._spectra.keys())
         by_size: dict[int, list[tuple[_Grid, Tensor]]] = {}
-        for fine, covered in _cover(tuple(missing), *self._weight.shape).items():
-            gram = _gram(self._blocks(fine))
-            for grid in covered:
-                by_size.setdefault(grid.size, []).append((grid, _coarsen(gram, fine, grid)))
+        for fine, coarser in _cover(tuple(missing), *self._weight.shape).items():
+            grams = {fine: _gram(self._blocks(fine))}
+            for grid, source in coarser:
+                grams[grid] = _coarsen(grams[source], source, grid)
+                by_size.setdefault(grid.size, []).append((grid, grams[grid]))
         for same in by_size.values():
             values = torch.linalg.eigvalsh(torch.stack([gram for _, gram in same]).double())
             self._spectra.update(zip([grid for grid, _ in same], values.tolist(), strict=True))
@@ -313,8 +314,8 @@ class _KroneckerAnalysis(Analysis):
 
 
 @functools.lru_cache(maxsize=256)
-def _cover(grids: tuple[_Grid, ...], rows: int, cols: int) -> Mapping[_Grid, Sequence[_Grid]]:
-    """Grids whose Gram matrices are computed, and which of `grids` each of them serves.
+def _cover(grids: tuple[_Grid, ...], rows: int, cols: int) -> Mapping[_Grid, Sequence[tuple[_Grid, _Grid]]]:
+    """Grids whose Gram matrices are computed; for each, those of `grids` that it serves, and what each is traced from.
 
     A Gram matrix costs multiply-adds as many as the weight times its side, and a rearranged copy: two grids are
     merged into their common refinement as long as that is cheaper than what it replaces.
@@ -332,9 +333,19 @@ def _cover(grids: tuple[_Grid, ...], rows: int, cols: int) -> Mapping[_Grid, Seq
                 saved = cost(g for g in left if fine.refines(g, rows)) - cost([fine])
                 best = max(best, (saved, fine), key=lambda pair: pair[0])
         if best[1] is None:
-            return {g: [x for x in grids if g == next(f for f in left if f.refines(x, rows))] for g in left}
+            served = {g: next(f for f in left if f.refines(g, rows)) for g in grids}
+            return {fine: _sources(fine, [g for g in grids if served[g] == fine], rows) for fine in left}
         fine = best[1]
         left = [*(g for g in left if not fine.refines(g, rows)), fine]
+
+
+def _sources(fine: _Grid, grids: Sequence[_Grid], rows: int) -> list[tuple[_Grid, _Grid]]:
+    """Each grid with the smallest one, among `fine` and those listed before it, that refines it."""
+    done, pairs = [fine], []
+    for grid in sorted(grids, key=lambda g: g.size, reverse=True):
+        pairs.append((grid, min((g for g in done if g.refines(grid, rows)), key=lambda g: g.size)))
+        done.append(grid)
+    return pairs
 
 
 def _gram(blocks: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from compresskit.errors import BudgetError
 Array = npt.NDArray[np.float64]
 Picks = npt.NDArray[np.intp]
 
-STEPS = 200_000
+STEPS = 50_000
 """Resolution of the dynamic program: sizes are rounded up to this share of the budget."""
 BISECTIONS = 60
 MACS_BISECTIONS = 40
