@@ -91,13 +91,27 @@ def test_the_randomised_solver_has_a_generator_of_its_own():
         torch.testing.assert_close(second.factors[name], tensor, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("side", "solver"), [(40, "exact"), (39, "randomized")])
-def test_auto_is_exact_up_to_a_short_side(monkeypatch, side, solver):
+@pytest.mark.parametrize(
+    ("side", "rank", "solver"), [(40, 2, "exact"), (40, 20, "exact"), (39, 5, "randomized"), (39, 6, "exact")]
+)
+def test_auto_is_exact_for_small_weights_and_for_large_ranks(monkeypatch, side, rank, solver):
     monkeypatch.setattr(svd, "EXACT_SIDE", side)
     weight = sample_weight(60, 40)
-    auto, named = SVD().fit(weight, ratio=4), SVD(solver=solver).fit(weight, ratio=4)
+    structure = LowRank(60, 40, rank)
+    auto, named = (svd_.fit(weight, structure=structure) for svd_ in (SVD(), SVD(solver=solver)))
     for name, tensor in named.factors.items():
         torch.testing.assert_close(auto.factors[name], tensor, rtol=0, atol=0)
+
+
+def test_one_analysis_of_a_large_weight_serves_every_rank(monkeypatch):
+    monkeypatch.setattr(svd, "EXACT_SIDE", 10)
+    weight = sample_weight(60, 40)
+    analysis = SVD().analyse(weight)
+    for rank in (3, 24, 4):
+        structure = LowRank(60, 40, rank)
+        (expected,) = analysis.squared_errors([structure])
+        reached = (weight - structure.dense(analysis.factors(structure))).square().sum()
+        torch.testing.assert_close(float(reached), expected, rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("solver", ["exact", "randomized"])
