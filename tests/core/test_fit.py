@@ -60,7 +60,7 @@ def test_what_is_no_finite_real_matrix_is_refused_by_name(weight, message):
         as_matrix(weight, "layer.0")
 
 
-@pytest.mark.parametrize("dtype, value", [(torch.float32, 1e19), (torch.float64, 1e154)])
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float32, 1e19), (torch.float64, 1e154)])
 def test_values_whose_squares_overflow_are_refused(dtype, value):
     large = torch.full((300, 300), value, dtype=dtype)
     with pytest.raises(WeightError, match=r"this weight holds values up to 1.0e\+\d+, too large to be squared"):
