@@ -39,3 +39,11 @@ class CheckpointError(CompresskitError, ValueError):
 
 class OutputError(CompresskitError, OSError):
     """The output could not be written."""
+
+
+class DataError(CompresskitError, ValueError):
+    """Data of a task is missing, malformed, or does not fit the task or the model."""
+
+
+class TrainingError(CompresskitError, RuntimeError):
+    """Training cannot start, cannot be resumed, or has diverged."""

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 
@@ -15,6 +16,28 @@ def quiet_transformers() -> None:
     transformers.logging.disable_progress_bar()
 
 
+def usable_device(name: str) -> "torch.device":
+    """The device of this name; `auto` is the accelerator, or the processor where there is none.
+
+    Raises:
+        OptionError: it does not exist here.
+    """
+    import torch
+
+    from compresskit.errors import OptionError
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        where = torch.device(name)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    if where.type == "meta":
+        raise OptionError("device 'meta' holds no values, so nothing can be fitted there")
+    return where
+
+
 def load(model: str, *, revision: str | None, dtype: str, device: str, seed: int) -> tuple["PreTrainedModel", Path]:
     """The dense model on the device, and the folder that it came from.
 
@@ -24,18 +47,12 @@ def load(model: str, *, revision: str | None, dtype: str, device: str, seed: int
     """
     import torch
 
-    from compresskit.errors import CheckpointError, OptionError
+    from compresskit.errors import CheckpointError
     from compresskit.hub import load_model, read_map, resolve
 
     quiet_transformers()
     torch.manual_seed(seed)
-    try:
-        where = torch.device(device)
-        torch.empty(0, device=where)
-    except (RuntimeError, AssertionError) as error:
-        raise OptionError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    if where.type == "meta":
-        raise OptionError("device 'meta' holds no values, so nothing can be fitted there")
+    where = usable_device(device)
     folder = resolve(model, revision)
     if read_map(folder) is not None:
         raise CheckpointError(

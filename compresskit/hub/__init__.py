@@ -1,7 +1,8 @@
 """Checkpoints as ordinary Hugging Face folders. The only package that touches transformers' loading machinery."""
 
-from compresskit.hub.card import model_card
+from compresskit.hub.card import model_card, training_card
 from compresskit.hub.config import FORMAT_VERSION, CompresskitConfig
+from compresskit.hub.head import load_with_head
 from compresskit.hub.inspect import Inspection, inspect_checkpoint
 from compresskit.hub.load import load_model, read_map
 from compresskit.hub.quantizer import check_unquantized, dequantize_, mark_compressed, register_
@@ -19,9 +20,11 @@ __all__ = [
     "dequantize_",
     "inspect_checkpoint",
     "load_model",
+    "load_with_head",
     "mark_compressed",
     "model_card",
     "read_map",
     "resolve",
     "save_checkpoint",
+    "training_card",
 ]

@@ -48,6 +48,31 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
+def training_card(
+    title: str, rows: Sequence[Row], *, architecture: str, compressed: bool, base_model: str | None = None
+) -> str:
+    """Text of the model card of a model that was trained on a task.
+
+    Args:
+        rows: label and value of each setting and metric, in order.
+        compressed: it has factorised layers, so compresskit has to be imported first.
+    """
+    data = ModelCardData(base_model=base_model, tags=["compresskit"] if compressed else None)
+    header = [f"---\n{data.to_yaml()}\n---"] if data.to_dict() else []
+    lines = ["import compresskit"] if compressed else []
+    lines += [f"from transformers import {architecture}", "", f'model = {architecture}.from_pretrained("{title}")']
+    parts = [
+        *header,
+        f"# {title}",
+        "Trained on a task with [compresskit](https://pypi.org/project/compresskit/).",
+        "## How to open it",
+        "\n".join(["```python", *lines, "```"]),
+        "## Numbers",
+        _table(("measure", "value"), rows),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
 def _table(head: Row, rows: Sequence[Row]) -> str:
     lines = [head, ("---", "---"), *rows]
     return "\n".join(f"| {_cell(label)} | {_cell(value)} |" for label, value in lines)

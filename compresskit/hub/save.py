@@ -4,7 +4,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,7 +46,13 @@ def check_output(output: str | Path, *, force: bool) -> None:
 
 
 def save_checkpoint(
-    model: Model, source: Path | None, output: str | Path, *, force: bool = False, card: str | None = None
+    model: Model,
+    source: Path | None,
+    output: str | Path,
+    *,
+    force: bool = False,
+    card: str | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a model folder in one step: whatever goes wrong, an earlier one stays and no half of a new one is left.
 
@@ -55,6 +61,7 @@ def save_checkpoint(
         source: the folder it came from: tokenizer and other small files are copied; None: there are none.
         force: replace an earlier checkpoint, once the new one is complete.
         card: text of README.md.
+        texts: further files by name.
 
     Returns:
         The folder.
@@ -75,8 +82,8 @@ def save_checkpoint(
             model.save_pretrained(staged)
             if source is not None:
                 _copy_companions(source, staged)
-            if card is not None:
-                (staged / "README.md").write_text(card, encoding="utf-8")
+            for name, text in {**(texts or {}), **({} if card is None else {"README.md": card})}.items():
+                (staged / name).write_text(text, encoding="utf-8")
             _replace(target, staged)
     except (OSError, SafetensorError) as error:
         if isinstance(error, OutputError):

@@ -18,8 +18,8 @@ from compresskit_cli.command import Command
 from tests.cli.conftest import Cli, Fails
 
 PACKAGE = Path(compresskit_cli.__file__).parent
-COMMANDS = ("compress", "demo", "inspect", "methods", "plan")
-HEAVY = ("torch", "transformers", "scipy", "tensorly", "numpy", "safetensors", "huggingface_hub")
+COMMANDS = ("compress", "demo", "evaluate", "finetune", "inspect", "methods", "plan")
+HEAVY = ("torch", "transformers", "scipy", "tensorly", "numpy", "safetensors", "huggingface_hub", "datasets", "sklearn")
 
 HELP_OF_ALL = f"""
 import sys
@@ -97,7 +97,10 @@ def test_a_new_command_is_one_new_file(tmp_path: Path) -> None:
     ("arguments", "match"),
     [
         (["compres", "bert"], "No command 'compres'. Did you mean 'compress'?"),
-        (["svd", "bert"], "No command 'svd'. The command comes first, one of: compress, demo, inspect, methods, plan."),
+        (
+            ["svd", "bert"],
+            f"No command 'svd'. The command comes first, one of: {', '.join(COMMANDS)}.",
+        ),
         (["compress", "bert", "--raito", "4"], "No such option '?:? ?'?--raito'?.*--ratio"),
         (["compress"], "Missing argument 'MODEL'"),
         (["compress", "-m", "svd", "--ratio", "4"], "Missing argument 'MODEL'"),

@@ -1,0 +1,105 @@
+"""Plain fine-tuning of a model, dense or compressed, on a task."""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import transformers
+
+from compresskit.errors import DataError
+from compresskit.tasks.callbacks import OnTrainProgress, ProgressCallback
+from compresskit.tasks.data import load_task_data
+from compresskit.tasks.features import collator, tokenized
+from compresskit.tasks.labels import align_labels
+from compresskit.tasks.runs import LOG, open_run
+from compresskit.tasks.settings import TrainSettings, training_arguments
+from compresskit.tasks.task import Task
+from compresskit.tasks.trainer import DevSet, TaskTrainer, silence_
+
+
+@final
+@dataclass(frozen=True)
+class Training:
+    """What a training run came to.
+
+    Args:
+        metrics: of the best checkpoint on the dev split, which the model now is.
+        best_step, steps: optimiser steps until then, and in all.
+        time_s: of this process alone, if the run was resumed.
+    """
+
+    metrics: dict[str, float]
+    best_step: int
+    steps: int
+    epochs: float
+    num_train: int
+    num_dev: int
+    time_s: float
+
+
+def finetune_(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    data: str | Path | None,
+    run: str | Path,
+    settings: TrainSettings | None = None,
+    *,
+    max_length: int | None = None,
+    resume: bool = False,
+    on_progress: OnTrainProgress | None = None,
+) -> Training:
+    """Train the model on the task's `train` split; changes it into the best checkpoint by the primary dev metric.
+
+    Args:
+        model: of `model_for(task, ..., new_head=True)`.
+        data: a file's folder or hub id, None for the task's own on the hub.
+        run: a folder for the checkpoints and the log; kept, so that an interrupted run can be resumed.
+
+    Raises:
+        DataError: the data is missing or malformed, or does not fit the model; before training starts.
+        TrainingError: the run cannot be resumed, or has diverged.
+    """
+    if task.kind in ("similarity", "text"):
+        raise DataError(f"the task {task.name} has no labels to train on; stsb is the supervised form of sts")
+    settings = settings or TrainSettings()
+    folder, task = Path(run), align_labels(task, model.config)
+    train, dev = (load_task_data(task, data, split) for split in ("train", "dev"))
+    features = [tokenized(examples, task, tokenizer, max_length=max_length) for examples in (train, dev)]
+    record = {
+        "task": dataclasses.asdict(task),
+        "settings": dataclasses.asdict(settings),
+        "max_length": max_length,
+        "train": train._fingerprint,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+    checkpoint = open_run(folder, record, resume=resume)
+    trainer = TaskTrainer(
+        model,
+        training_arguments(settings, folder, metric=task.primary),
+        data_collator=collator(tokenizer, multiple_of=8 if settings.bf16 else 1),
+        train_dataset=features[0],
+        eval_dataset=features[1],
+        callbacks=[ProgressCallback(folder / LOG, on_progress), *_stopping(settings)],
+    )
+    trainer.dev = DevSet(task, tokenizer, dev, features[1])
+    silence_(trainer)
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    model.eval()
+    state, time_s = trainer.state, time.perf_counter() - start
+    return Training(
+        metrics=trainer.dev.metrics(model),
+        best_step=state.best_global_step,
+        steps=state.global_step,
+        epochs=state.epoch,
+        num_train=len(train),
+        num_dev=len(dev),
+        time_s=time_s,
+    )
+
+
+def _stopping(settings: TrainSettings) -> list[Any]:
+    return [] if settings.patience is None else [transformers.EarlyStoppingCallback(settings.patience)]
