@@ -16,12 +16,14 @@ MAX_LINES = 400
 LAYERS = {
     "errors": set(),
     "version": set(),
-    "core": {"errors"},
+    "options": {"errors"},
+    "registration": {"errors", "options"},
+    "core": {"errors", "options", "registration"},
     "decompositions": {"errors", "core"},
     "testing": {"errors", "core"},
-    "surgery": {"errors", "core"},
+    "surgery": {"errors", "options", "core"},
     "hub": {"errors", "version", "core", "surgery"},
-    "distill": {"errors"},
+    "distill": {"errors", "options", "registration"},
     "api": {"errors", "core", "surgery", "hub"},
 }
 """What each part of compresskit may import from the others; `__init__` collects the public names from all."""
