@@ -8,6 +8,9 @@ report = compresskit.compress(model, "kronecker", ratio=19)
 model.save_pretrained("small")  # opens again with AutoModel.from_pretrained after `import compresskit`
 """
 
+import importlib
+from typing import Any
+
 import compresskit.decompositions  # noqa: F401 - registers them
 from compresskit.api import apply, compress, plan
 from compresskit.core.decomposition import Analysis, Decomposition, Fitted
@@ -56,3 +59,9 @@ __all__ = [
     "plan_from_json",
     "register",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "distill":
+        return importlib.import_module("compresskit.distill")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -39,3 +39,15 @@ class CheckpointError(CompresskitError, ValueError):
 
 class OutputError(CompresskitError, OSError):
     """The output could not be written."""
+
+
+class DistillError(CompresskitError, ValueError):
+    """Teacher, student, objective and data do not fit together."""
+
+
+class LossError(CompresskitError, ArithmeticError):
+    """A term of the objective is not a finite number."""
+
+
+class CacheError(CompresskitError, OSError):
+    """The teacher's cache cannot hold what it should, or its folder holds something else."""

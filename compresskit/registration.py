@@ -10,7 +10,7 @@ from compresskit.errors import OptionError
 from compresskit.options import check_options
 
 
-def check_class(cls: type[Any], base: type, attributes: Sequence[str]) -> None:
+def check_class(cls: Any, base: type, attributes: Sequence[str]) -> None:
     """Check that a class can be registered: a concrete frozen dataclass below `base` with a name and text options.
 
     Args:
@@ -19,7 +19,7 @@ def check_class(cls: type[Any], base: type, attributes: Sequence[str]) -> None:
     Raises:
         OptionError: it cannot; says why.
     """
-    if not (inspect.isclass(cls) and issubclass(cls, base)):
+    if not isinstance(cls, type) or base not in cls.__mro__:
         raise OptionError(f"{cls!r} is not a subclass of {base.__name__}")
     if inspect.isabstract(cls):
         raise refusal(cls, f"it lacks {', '.join(sorted(cls.__abstractmethods__))}")

@@ -28,7 +28,7 @@ LAYERS = {
 }
 """What each part of compresskit may import from the others; `__init__` collects the public names from all."""
 
-PUBLIC_MODULES = ("compresskit", "compresskit.errors", "compresskit.hub", "compresskit.testing")
+PUBLIC_MODULES = ("compresskit", "compresskit.distill", "compresskit.errors", "compresskit.hub", "compresskit.testing")
 """Where compresskit_cli and benchmarks find names."""
 
 UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
@@ -94,10 +94,14 @@ def unsafe_uses(source):
             yield f"line {node.value.lineno}: allow_pickle"
 
 
+TRAINING = ("Trainer", "TrainerCallback", "TrainerControl", "TrainerState", "TrainingArguments")
+
+
 def loading_machinery(source):
-    """Imports of transformers other than the layer that stores its weight transposed and the base class of models."""
+    """Imports of transformers other than Conv1D, which stores its weight transposed, PreTrainedModel and Trainer."""
     for line, module, name in imports(source):
         harmless = {("transformers.pytorch_utils", "Conv1D"), ("transformers", "PreTrainedModel")}
+        harmless |= {("transformers", name) for name in TRAINING}
         if module.split(".")[0] == "transformers" and (module, name) not in harmless:
             yield f"line {line}: {module} {name or ''}"
 
