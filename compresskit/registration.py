@@ -19,7 +19,7 @@ def check_class(cls: Any, base: type, attributes: Sequence[str]) -> None:
     Raises:
         OptionError: it cannot; says why.
     """
-    if not isinstance(cls, type) or base not in cls.__mro__:
+    if not _is_below(cls, base):
         raise OptionError(f"{cls!r} is not a subclass of {base.__name__}")
     if inspect.isabstract(cls):
         raise refusal(cls, f"it lacks {', '.join(sorted(cls.__abstractmethods__))}")
@@ -31,6 +31,10 @@ def check_class(cls: Any, base: type, attributes: Sequence[str]) -> None:
     if not is_frozen_dataclass(cls):
         raise refusal(cls, "it is not a frozen dataclass")
     check_options(cls)
+
+
+def _is_below(cls: Any, base: type) -> bool:
+    return inspect.isclass(cls) and issubclass(cls, base)
 
 
 def refusal(cls: type, reason: str) -> OptionError:

@@ -103,7 +103,7 @@ def check_report(text, results):
     [
         (("run", "smok"), "no suite 'smok'; did you mean 'smoke'"),
         (("report", "minilmm"), "did you mean 'minilm'"),
-        (("run", "qqqqqq"), "Known: compress, minilm, smoke"),
+        (("run", "qqqqqq"), "Known: compress, distill, minilm, smoke"),
         (("run", "smoke", "--data", SUITES), "the folder of --data has no glue/STS-B/dev.tsv"),
     ],
 )
