@@ -229,7 +229,7 @@ def test_a_missing_real_model_is_skipped_with_the_remedy(monkeypatch):
 
 
 def test_kinds_are_found_by_the_walk():
-    assert set(kinds()) == {"command", "fit-speed", "quality", "scaling"}
+    assert set(kinds()) == {"command", "distill-step", "fit-speed", "quality", "scaling"}
     assert all(issubclass(cls, Experiment) for cls in kinds().values())
 
 
