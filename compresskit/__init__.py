@@ -8,11 +8,13 @@ report = compresskit.compress(model, "kronecker", ratio=19)
 model.save_pretrained("small")  # opens again with AutoModel.from_pretrained after `import compresskit`
 """
 
+import importlib
+from typing import Any
+
 import compresskit.decompositions  # noqa: F401 - registers them
 from compresskit.api import apply, compress, plan
 from compresskit.core.decomposition import Analysis, Decomposition, Fitted
 from compresskit.core.modules import FactorizedEmbedding, FactorizedLinear
-from compresskit.core.options import describe_options
 from compresskit.core.registry import decomposition, register
 from compresskit.core.registry import decompositions as methods
 from compresskit.core.structure import Structure, TensorSpec
@@ -20,6 +22,7 @@ from compresskit.decompositions.kronecker import Kronecker
 from compresskit.decompositions.svd import SVD
 from compresskit.errors import CompresskitError
 from compresskit.hub import dequantize_
+from compresskit.options import describe_options
 from compresskit.surgery.apply import Report
 from compresskit.surgery.layout import install_, layout_of
 from compresskit.surgery.plan import Plan, plan_from_json
@@ -56,3 +59,9 @@ __all__ = [
     "plan_from_json",
     "register",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "distill":
+        return importlib.import_module("compresskit.distill")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

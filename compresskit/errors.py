@@ -47,3 +47,15 @@ class DataError(CompresskitError, ValueError):
 
 class TrainingError(CompresskitError, RuntimeError):
     """Training cannot start, cannot be resumed, or has diverged."""
+
+
+class DistillError(CompresskitError, ValueError):
+    """Teacher, student, objective and data do not fit together."""
+
+
+class LossError(CompresskitError, ArithmeticError):
+    """A term of the objective is not a finite number."""
+
+
+class CacheError(CompresskitError, OSError):
+    """The teacher's cache cannot hold what it should, or its folder holds something else."""

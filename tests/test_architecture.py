@@ -16,18 +16,27 @@ MAX_LINES = 400
 LAYERS = {
     "errors": set(),
     "version": set(),
-    "core": {"errors"},
+    "options": {"errors"},
+    "registration": {"errors", "options"},
+    "core": {"errors", "options", "registration"},
     "decompositions": {"errors", "core"},
     "testing": {"errors", "core"},
-    "surgery": {"errors", "core"},
+    "surgery": {"errors", "options", "core"},
     "hub": {"errors", "version", "core", "surgery"},
-    "distill": {"errors"},
+    "distill": {"errors", "options", "registration"},
     "tasks": {"errors", "hub"},
     "api": {"errors", "core", "surgery", "hub"},
 }
 """What each part of compresskit may import from the others; `__init__` collects the public names from all."""
 
-PUBLIC_MODULES = ("compresskit", "compresskit.errors", "compresskit.hub", "compresskit.tasks", "compresskit.testing")
+PUBLIC_MODULES = (
+    "compresskit",
+    "compresskit.distill",
+    "compresskit.errors",
+    "compresskit.hub",
+    "compresskit.tasks",
+    "compresskit.testing",
+)
 """Where compresskit_cli and benchmarks find names."""
 
 TRAINING = ("tasks",)
@@ -96,10 +105,14 @@ def unsafe_uses(source):
             yield f"line {node.value.lineno}: allow_pickle"
 
 
+TRAINING = ("Trainer", "TrainerCallback", "TrainerControl", "TrainerState", "TrainingArguments")
+
+
 def loading_machinery(source):
-    """Imports of transformers other than the layer that stores its weight transposed and the base class of models."""
+    """Imports of transformers other than Conv1D, which stores its weight transposed, PreTrainedModel and Trainer."""
     for line, module, name in imports(source):
         harmless = {("transformers.pytorch_utils", "Conv1D"), ("transformers", "PreTrainedModel")}
+        harmless |= {("transformers", name) for name in TRAINING}
         if module.split(".")[0] == "transformers" and (module, name) not in harmless:
             yield f"line {line}: {module} {name or ''}"
 

@@ -5,18 +5,17 @@ other packages name theirs in the entry-point group `compresskit.decompositions`
 """
 
 import dataclasses
-import difflib
 import inspect
-import re
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 from compresskit.core.decomposition import Decomposition
-from compresskit.core.options import check_options, parse_options
 from compresskit.core.structure import Structure
 from compresskit.errors import CheckpointError, OptionError, StructureError, UnknownNameError
+from compresskit.options import parse_options
+from compresskit.registration import check_class, class_path, is_frozen_dataclass, refusal, suggestion
 
 D = TypeVar("D", bound=type[Decomposition])
 
@@ -36,50 +35,26 @@ def register(cls: D) -> D:
     """
     _check_contract(cls)
     known = _decompositions.get(cls.name)
-    if known is not None and _path(known) != _path(cls):
+    if known is not None and class_path(known) != class_path(cls):
         raise OptionError(f"two decompositions are called {cls.name!r}: {known.__module__} and {cls.__module__}")
     for structure in cls.structures:
         other = _structures.get(structure.kind)
-        if other is not None and _path(other) != _path(structure):
+        if other is not None and class_path(other) != class_path(structure):
             raise OptionError(f"two structures are of kind {structure.kind!r}: {other} and {structure}")
     _decompositions[cls.name] = cls
     _structures.update({structure.kind: structure for structure in cls.structures})
     return cls
 
 
-def _path(cls: type) -> tuple[str, str]:
-    """What identifies a class even if its module is loaded twice."""
-    return cls.__module__, cls.__qualname__
-
-
 def _check_contract(cls: type[Decomposition]) -> None:
-    def refuse(reason: str) -> OptionError:
-        return OptionError(f"{cls.__module__}.{cls.__qualname__} cannot be registered: {reason}")
-
-    if not (inspect.isclass(cls) and issubclass(cls, Decomposition)):
-        raise OptionError(f"{cls!r} is not a subclass of Decomposition")
-    if inspect.isabstract(cls):
-        raise refuse(f"it lacks {', '.join(sorted(cls.__abstractmethods__))}")
-    for attribute in ("name", "summary", "source", "structures"):
-        if not getattr(cls, attribute, None):
-            raise refuse(f"it has no {attribute}")
-    if not (isinstance(cls.name, str) and re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", cls.name)):
-        raise refuse(f"the name {cls.name!r} is not lower case with single dashes")
-    if not _is_frozen_dataclass(cls):
-        raise refuse("it is not a frozen dataclass")
-    check_options(cls)
+    check_class(cls, Decomposition, ("name", "summary", "source", "structures"))
     for structure in cls.structures:
         if not (inspect.isclass(structure) and issubclass(structure, Structure) and getattr(structure, "kind", None)):
-            raise refuse(f"{structure!r} is not a Structure with a kind")
+            raise refusal(cls, f"{structure!r} is not a Structure with a kind")
         if inspect.isabstract(structure):
-            raise refuse(f"{structure!r} lacks {', '.join(sorted(structure.__abstractmethods__))}")
-        if not _is_frozen_dataclass(structure):
-            raise refuse(f"{structure!r} is not a frozen dataclass")
-
-
-def _is_frozen_dataclass(cls: type) -> bool:
-    """Whether the class itself is one; a base class that is does not know the fields of its subclass."""
-    return "__dataclass_fields__" in vars(cls) and cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
+            raise refusal(cls, f"{structure!r} lacks {', '.join(sorted(structure.__abstractmethods__))}")
+        if not is_frozen_dataclass(structure):
+            raise refusal(cls, f"{structure!r} is not a frozen dataclass")
 
 
 @cache
@@ -105,13 +80,6 @@ def decomposition(name: str, options: Mapping[str, str] | None = None) -> Decomp
     if name not in known:
         raise UnknownNameError(f"no decomposition is called {name!r}{suggestion(name, known)}")
     return parse_options(known[name], options or {})
-
-
-def suggestion(name: str, known: Mapping[str, Any] | list[str]) -> str:
-    """`; did you mean ...? Known: ...` for an error message."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    return f"{hint} Known: {', '.join(known) or 'none'}"
 
 
 def structure_from_json(data: Mapping[str, Any]) -> Structure:

@@ -9,10 +9,10 @@ from typing import Any, final
 from torch import nn
 
 from compresskit.core.decomposition import Decomposition
-from compresskit.core.options import option_text
 from compresskit.core.registry import decomposition, structure_from_json
 from compresskit.core.structure import Structure
 from compresskit.errors import CheckpointError, PlanError
+from compresskit.options import option_text
 from compresskit.surgery.sites import Refusal, Site, Survey, find_sites
 
 FORMAT_VERSION = 1

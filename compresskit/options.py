@@ -1,4 +1,4 @@
-"""Options of a decomposition as text: what `--set key=value` means is read off the dataclass itself."""
+"""Options of a registered piece as text: what `--set key=value` means is read off the dataclass itself."""
 
 import dataclasses
 import types
@@ -12,7 +12,7 @@ D = TypeVar("D")
 
 
 def option_types(cls: type) -> dict[str, Any]:
-    """Type of each option field of a decomposition class."""
+    """Type of each option field of a registered class."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compresskit.core.options import check_options, describe, describe_options, option_text, option_types, parse_options
 from compresskit.errors import OptionError, UnknownNameError
+from compresskit.options import check_options, describe, describe_options, option_text, option_types, parse_options
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,92 @@
+"""What one step of distillation costs against its bare parts: the teacher's forward pass and the student's two.
+
+By hand (`benchmarks/distillation.py`) means: teacher forward in evaluation mode without gradients, student forward
+in training mode, hidden states of all layers and queries and keys kept by plain hooks in both, mean squared errors of
+hidden states and of scores over all places, backward. `passes` is the same without any loss: backward starts from the
+sum of the kept features. Ours is what Trainer calls, units counted and padding masked. No optimiser in any of them.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar, final
+
+from benchmarks.experiments import Experiment, Outcome
+from benchmarks.timing import against, interleave, median_ratio, run_process, time_call
+
+MAX_RATIO = 1.1
+"""Target at the real model: time, and peak memory, against the step by hand."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class DistillStep(Experiment):
+    """Time and peak memory of a step of `DistillationTrainer` against the same by hand.
+
+    Args:
+        method, ratio: of the student, a compressed copy of the teacher.
+        model: the teacher: `minilm`, or a random one.
+        batch, tokens: size of the batch.
+        padding: `some` makes texts from half of `tokens` to `tokens` long, `none` all of `tokens`.
+        repeats: rounds of timing; the figures are their medians.
+    """
+
+    kind: ClassVar[str] = "distill-step"
+
+    method: str
+    ratio: float
+    model: str = "minilm"
+    batch: int = 32
+    tokens: int = 64
+    padding: str = "some"
+    repeats: int = 7
+
+    def run(self, data: Path | None) -> Outcome:
+        peaks = {how: self._peak_bytes(how) for how in ("nothing", "by_hand", "ours")}  # before torch is imported here
+        from benchmarks.distillation import Steps
+
+        with TemporaryDirectory() as folder:
+            steps = Steps(**self._options(), folder=folder)
+            calls = {how: getattr(steps, how) for how in ("passes", "by_hand", "ours")}
+            for call in calls.values():
+                call()  # the first of a process is no measure
+            times = interleave({how: partial(time_call, call) for how, call in calls.items()}, self.repeats)
+        grown = {how: peaks[how] - peaks["nothing"] for how in ("by_hand", "ours")}
+        return Outcome(
+            {
+                "time_ratio": median_ratio(times["ours"], times["by_hand"]),
+                "time_over_passes": median_ratio(times["ours"], times["passes"]),
+                "memory_ratio": peaks["ours"] / peaks["by_hand"],
+                "step_memory_ratio": grown["ours"] / max(grown["by_hand"], 1),
+                "peak_bytes": peaks,
+                "times_s": times,
+            }
+        )
+
+    def _options(self) -> dict[str, Any]:
+        names = ("model", "method", "ratio", "batch", "tokens", "seed")
+        return {name: getattr(self, name) for name in names} | {"padded": self.padding == "some"}
+
+    def _peak_bytes(self, how: str) -> int:
+        return run_process(
+            [sys.executable, "-m", "benchmarks.distillation", json.dumps(self._options()), how]
+        ).peak_bytes
+
+    @classmethod
+    def row(cls, configuration: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[str, str]:
+        limit = MAX_RATIO if configuration["model"] == "minilm" else None
+        return {
+            "method": configuration["method"],
+            "ratio": f"{configuration['ratio']:g}",
+            "batch": f"{configuration['batch']} x {configuration['tokens']}, padding: {configuration['padding']}",
+            "time / by hand": f"{figures['time_ratio']:.3f}",
+            "target": against(limit, figures["time_ratio"]),
+            "time / passes without losses": f"{figures['time_over_passes']:.3f}",
+            "peak memory / by hand": f"{figures['memory_ratio']:.3f}",
+            "target for memory": against(limit, figures["memory_ratio"]),
+            "memory of the step alone / by hand": f"{figures['step_memory_ratio']:.3f}",
+        }

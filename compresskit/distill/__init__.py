@@ -1,0 +1,53 @@
+"""Distillation: train a student, compressed or not, to do what its teacher does, layer by layer.
+
+from compresskit.distill import DistillationTrainer, Objective, make_loss
+from transformers import TrainingArguments
+
+objective = Objective(make_loss("hidden-states"), make_loss("attention-scores", {"weight": 0.1}))
+DistillationTrainer(teacher, student, objective, TrainingArguments("out"), train_dataset=data).train()
+
+Knows no decomposition: any transformers model may be the teacher or the student.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from compresskit.distill.cache import TeacherCache
+from compresskit.distill.loss import Comparison, LayerLoss, Loss, losses, make_loss, register
+from compresskit.distill.objective import (
+    Objective,
+    objective_from_data,
+    objective_from_json,
+    objective_from_toml,
+)
+
+if TYPE_CHECKING:
+    from compresskit.distill.progress import JsonLinesLog
+    from compresskit.distill.trainer import DistillationTrainer, last_checkpoint
+
+__all__ = [
+    "Comparison",
+    "DistillationTrainer",
+    "JsonLinesLog",
+    "LayerLoss",
+    "Loss",
+    "Objective",
+    "TeacherCache",
+    "last_checkpoint",
+    "losses",
+    "make_loss",
+    "objective_from_data",
+    "objective_from_json",
+    "objective_from_toml",
+    "register",
+]
+
+_LATE = {"DistillationTrainer": "trainer", "last_checkpoint": "trainer", "JsonLinesLog": "progress"}
+"""Names whose import takes transformers' Trainer along, which costs seconds."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATE:
+        import importlib
+
+        return getattr(importlib.import_module(f"{__name__}.{_LATE[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

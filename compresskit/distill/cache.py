@@ -1,0 +1,198 @@
+"""A teacher's answers on disk, for data that is seen more than once.
+
+A folder holds one subfolder for each fingerprint (of the teacher's weights and configuration, of what is captured and
+of how it is stored), and in it safetensors files with many examples each. An example is found by a digest of its
+unpadded inputs, so shuffling, padding and batching do not matter. Several processes may share a folder.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, final
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compresskit.distill.features import Feature
+from compresskit.errors import CacheError, OptionError
+
+Stored = Literal["float16", "bfloat16", "float32"]
+Example = Mapping[Feature, Tensor]
+
+FORMAT_VERSION = 1
+SHARD_BYTES = 64 * 2**20
+"""Examples are written together in files of about this size."""
+
+
+@final
+@dataclass
+class TeacherCache:
+    """Where a teacher's answers are kept between epochs and runs.
+
+    What is found is what was computed, rounded to `stored`; a batch whose answers are new is rounded likewise, so it
+    makes no difference to the training whether an answer was found or computed.
+
+    Args:
+        folder: made when needed.
+        max_bytes: of all files of one fingerprint; the next file that does not fit is an error.
+        stored: type of the numbers on disk. float16 keeps 11 bits and ends at 65504, bfloat16 keeps 8 bits.
+    """
+
+    folder: Path
+    max_bytes: int = 20 * 2**30
+    stored: Stored = "float16"
+    _store: "Store | None" = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.folder)
+        if self.max_bytes < 1:
+            raise OptionError(f"max_bytes is positive, got {self.max_bytes}")
+        if self.stored not in ("float16", "bfloat16", "float32"):
+            raise OptionError(f"stored is float16, bfloat16 or float32, got {self.stored!r}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        kinds = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+        return kinds[self.stored]
+
+    def open(self, fingerprint: str) -> "Store":
+        """The answers of one teacher to one question."""
+        return Store(self.folder / fingerprint, self.max_bytes, self.dtype)
+
+
+@final
+class Store:
+    """Examples by digest, written to files once there are enough of them.
+
+    Args:
+        folder: of one fingerprint.
+        max_bytes: of the files in it.
+        dtype: of the tensors in them.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int, dtype: torch.dtype) -> None:
+        self.folder = folder
+        self.max_bytes = max_bytes
+        self.dtype = dtype
+        self._pending: dict[str, dict[str, Tensor]] = {}
+        self._pending_bytes = 0
+        self._where: dict[str, Path] = {}
+        self._files: dict[Path, int] = {}
+        self._open: dict[Path, object] = {}
+
+    def get(self, digest: str, features: Sequence[Feature]) -> dict[Feature, Tensor] | None:
+        """The features of an example as they were put, rounded; None if it is not here."""
+        if digest in self._pending:
+            return {feature: self._pending[digest][str(feature)] for feature in features}
+        path = self._where.get(digest)
+        if path is None:
+            return None
+        if path not in self._open:
+            self._open[path] = safe_open(path, framework="pt")
+        reader = self._open[path]
+        return {feature: reader.get_tensor(f"{digest}/{feature}") for feature in features}  # type: ignore[attr-defined]
+
+    def put(self, digest: str, example: Example) -> dict[Feature, Tensor]:
+        """Keep an example and return it as `get` will.
+
+        Raises:
+            CacheError: a number does not fit the stored type, or the files grow over the limit.
+        """
+        rounded = {feature: tensor.detach().to("cpu", self.dtype).contiguous() for feature, tensor in example.items()}
+        for feature, tensor in rounded.items():
+            if not tensor.isfinite().all():
+                raise CacheError(
+                    f"the teacher's {feature} holds {float(example[feature].abs().max()):g}, which {self.dtype} cannot "
+                    "hold; store bfloat16"
+                )
+        self._pending[digest] = {str(feature): tensor for feature, tensor in rounded.items()}
+        self._pending_bytes += sum(tensor.nbytes for tensor in rounded.values())
+        if self._pending_bytes >= min(SHARD_BYTES, self.max_bytes):
+            self.flush()
+        return rounded
+
+    def flush(self) -> None:
+        """Write what is only in memory; afterwards other processes find it, and so does a later run.
+
+        Raises:
+            CacheError: the files would grow over the limit.
+        """
+        if not self._pending:
+            return
+        self.refresh()
+        used, examples = sum(self._files.values()), len(self._where) + len(self._pending)
+        if used + self._pending_bytes > self.max_bytes:
+            raise CacheError(
+                f"the teacher's cache {self.folder} is limited to {self.max_bytes:,} bytes; {examples:,} examples take "
+                f"{used + self._pending_bytes:,}, {(used + self._pending_bytes) // examples:,} each. Raise max_bytes, "
+                "train on fewer examples or without a cache; inputs that change from epoch to epoch (dynamic masking) "
+                "are never found again"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{uuid.uuid4().hex}.safetensors"
+        partial = path.with_suffix(".partial")
+        tensors = {f"{digest}/{name}": t for digest, example in self._pending.items() for name, t in example.items()}
+        try:
+            save_file(tensors, partial, metadata={"digests": json.dumps(list(self._pending))})
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        self._pending, self._pending_bytes = {}, 0
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Learn of files that this or another process has written."""
+        if not self.folder.is_dir():
+            return
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if path not in self._files:
+                with safe_open(path, framework="pt") as reader:
+                    digests = json.loads((reader.metadata() or {}).get("digests", "[]"))
+                self._files[path] = path.stat().st_size
+                self._where.update(dict.fromkeys(digests, path))
+
+
+def fingerprint(config: Mapping[str, object], state: Mapping[str, Tensor], question: Sequence[str]) -> str:
+    """Digest of a teacher and of what it is asked.
+
+    Args:
+        config: of the teacher.
+        state: its weights by name.
+        question: names of what is captured, and what else changes the answer.
+    """
+    digest = hashlib.sha256(json.dumps([FORMAT_VERSION, config, list(question)], sort_keys=True, default=str).encode())
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()[:32]
+
+
+def digests(inputs: Mapping[str, Tensor], mask: Tensor) -> list[str]:
+    """One digest per example of a batch, of its inputs without padding.
+
+    Args:
+        inputs: (batch, ...) tensors by name; those of shape (batch, time, ...) are cut by the mask.
+        mask: (batch, time) bool.
+    """
+    found = []
+    for row, kept in enumerate(mask.cpu()):
+        digest = hashlib.sha256()
+        for name, tensor in sorted(inputs.items()):
+            if name == "attention_mask":
+                continue
+            values = tensor[row].cpu()
+            values = values[kept] if tensor.shape[:2] == mask.shape else values
+            digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+            digest.update(_bytes(values))
+        found.append(digest.hexdigest()[:32])
+    return found
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,1 @@
+"""One file per loss; `compresskit.distill.losses()` finds them."""
