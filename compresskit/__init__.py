@@ -10,6 +10,7 @@ model.save_pretrained("small")  # opens again with AutoModel.from_pretrained aft
 
 import compresskit.decompositions  # noqa: F401 - registers them
 from compresskit.api import apply, compress, plan
+from compresskit.core.cost import MACHINE, Gemm, Machine, Pass, Rates, dense_operations
 from compresskit.core.decomposition import Analysis, Decomposition, Fitted
 from compresskit.core.modules import FactorizedEmbedding, FactorizedLinear
 from compresskit.core.options import describe_options
@@ -28,6 +29,7 @@ from compresskit.surgery.sites import find_sites
 from compresskit.version import __version__
 
 __all__ = [
+    "MACHINE",
     "SVD",
     "Analysis",
     "CompresskitError",
@@ -35,10 +37,14 @@ __all__ = [
     "FactorizedEmbedding",
     "FactorizedLinear",
     "Fitted",
+    "Gemm",
     "Kronecker",
+    "Machine",
     "OnProgress",
+    "Pass",
     "Plan",
     "Progress",
+    "Rates",
     "Report",
     "Structure",
     "TensorSpec",
@@ -46,6 +52,7 @@ __all__ = [
     "apply",
     "compress",
     "decomposition",
+    "dense_operations",
     "dequantize_",
     "describe_options",
     "find_sites",
