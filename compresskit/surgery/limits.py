@@ -71,23 +71,27 @@ def choice_of(site: Site, structure: Structure | None, error: float) -> Choice:
     return Choice(params, site_macs(site, structure), error * site.num_params, time_ns)
 
 
-def thinned(choices: Sequence[Choice], size: int, *, of_work: bool) -> list[int]:
-    """About `size` of the choices: what loses least in each of `size` intervals, even on a log scale; and the smallest.
+def thinned(choices: Sequence[Choice], size: int, *, of_loss: bool, of_work: bool) -> list[int]:
+    """About `size` of the choices: the best of each of `size` intervals, even on a log scale, and the smallest.
 
-    With `of_work` also the one that is fastest and the one of the fewest multiply-adds.
+    Args:
+        of_loss: keep what loses least; the losses are known.
+        of_work: keep what is fastest, and what does the fewest multiply-adds.
     """
     if len(choices) <= size:
         return list(range(len(choices)))
+    wanted: list[Callable[[int], tuple[float, int]]] = []
+    if of_loss:
+        wanted += [lambda i: (choices[i].loss, 0)]
+    if of_work:
+        wanted += [lambda i: (choices[i].time_ns, choices[i].params), lambda i: (choices[i].macs, choices[i].params)]
     low, high = math.log(min(c.params for c in choices)), math.log(max(c.params for c in choices))
     bins: dict[int, list[int]] = {}
     for i, choice in enumerate(choices):
         bins.setdefault(int((math.log(choice.params) - low) / (high - low) * size), []).append(i)
-    wanted: list[Callable[[int], tuple[float, int]]] = [lambda i: (choices[i].loss, 0)]
-    if of_work:
-        wanted += [lambda i: (choices[i].time_ns, choices[i].params), lambda i: (choices[i].macs, choices[i].params)]
     kept = {min(indices, key=by) for indices in bins.values() for by in wanted}
-    smallest = min(range(len(choices)), key=lambda i: (choices[i].params, choices[i].loss))
-    return sorted({0, smallest, *kept})
+    smallest = {min(range(len(choices)), key=lambda i: (choices[i].params, *by(i))) for by in wanted}
+    return sorted({0, *smallest, *kept})
 
 
 def four_digits_down(ratio: float) -> float:

@@ -112,7 +112,7 @@ def make_plan(
         _refusechoice_of(assignment, menus)
     else:
         _refuse_unreachable(assignment, menus, rest, num_params, max_params)
-        menus = _narrow(assignment, menus, limits)
+        menus = _narrow(assignment, menus, limits, uniform=uniform)
     priced: list[_Priced] = []
     for site, decomposition in assignment.chosen:
         priced.append(_price(model, site, decomposition, menus[site.name]))
@@ -199,11 +199,14 @@ def _refuse_work(picks: Sequence[tuple[_Priced, int]], limits: Limits) -> None:
 
 
 def _narrow(
-    assignment: Assignment, menus: Mapping[str, Sequence[Structure]], limits: Limits
+    assignment: Assignment, menus: Mapping[str, Sequence[Structure]], limits: Limits, *, uniform: bool
 ) -> Mapping[str, Sequence[Structure]]:
     """What to price: structures around the average compression, wider until the limits can be kept, or all.
 
     A site that cannot be compressed nearly that much keeps its smallest structure.
+
+    Raises:
+        BudgetError: nothing is fast enough.
     """
     average = sum(site.num_params for site, _ in assignment.chosen) / max(limits.params, 1)
     smaller, larger = float(SMALLER), float(LARGER)
@@ -215,23 +218,43 @@ def _narrow(
 
     while True:
         near = {site.name: narrowed(site) for site, _ in assignment.chosen}
-        if near == menus or _can_keep(assignment, near, limits):
-            return near
+        complete = near == menus
+        if complete or _fits(assignment, near, limits):
+            least_ns = 0.0 if limits.time_ns is None else _least_time_ns(assignment, near, limits, uniform=uniform)
+            if limits.time_ns is None or least_ns <= limits.time_ns:
+                return near
+            if complete:
+                raise limits.unreachable(least_ns)
         smaller, larger = smaller * 4, larger * 4 if limits.of_work else larger
 
 
-def _can_keep(assignment: Assignment, menus: Mapping[str, Sequence[Structure]], limits: Limits) -> bool:
-    """Whether these menus reach the limits, as far as can be said before anything is priced."""
+def _fits(assignment: Assignment, menus: Mapping[str, Sequence[Structure]], limits: Limits) -> bool:
+    """Whether the smallest structures keep the limit of parameters, and the cheapest that of multiply-adds."""
     if sum(_least(site, menus[site.name]) for site, _ in assignment.chosen) > limits.params:
         return False
-    if not limits.of_work:
-        return True
-    groups = [[choice_of(site, s, 0.0) for s in (None, *menus[site.name])] for site, _ in assignment.chosen]
-    if limits.macs is not None and sum(min(c.macs for c in group) for group in groups) > limits.macs:
-        return False
+    groups = ([choice_of(site, s, 0.0).macs for s in (None, *menus[site.name])] for site, _ in assignment.chosen)
+    return limits.macs is None or sum(map(min, groups)) <= limits.macs
+
+
+def _least_time_ns(
+    assignment: Assignment, menus: Mapping[str, Sequence[Structure]], limits: Limits, *, uniform: bool
+) -> float:
+    """Least time within the limit of parameters that the solver will find in these menus, whatever the errors."""
+    choices: dict[object, list[Choice]] = {}
+    groups: dict[object, list[object]] = {}
+    for site, decomposition in assignment.chosen:
+        key = (decomposition, site.rows, site.cols, site.kinds, site.extra_params)
+        if key not in choices:
+            choices[key] = [choice_of(site, s, 0.0) for s in (None, *menus[site.name])]
+        groups.setdefault(key if uniform else site.name, []).append(key)
     size = max(MAX_CHOICES // len(groups), 32)
-    few = [[group[i] for i in thinned(group, size, of_work=True)] for group in groups]
-    return limits.time_ns is None or least_time_ns(few, limits.params) <= limits.time_ns
+    return least_time_ns([_alike(choices[keys[0]], len(keys), size) for keys in groups.values()], limits.params)
+
+
+def _alike(choices: Sequence[Choice], number: int, size: int) -> list[Choice]:
+    """The fast choices of as many equal sites together."""
+    kept = [choices[i] for i in thinned(choices, size, of_loss=False, of_work=True)]
+    return [Choice(number * c.params, number * c.macs, 0.0, number * c.time_ns) for c in kept]
 
 
 def _least(site: Site, menu: Sequence[Structure]) -> int:
@@ -275,6 +298,8 @@ def _group(priced: Sequence[_Priced], *, uniform: bool) -> list[list[_Priced]]:
 
 def _sum_choices(group: Sequence[_Priced]) -> list[Choice]:
     """Choices of sites that share one structure: everything adds up."""
+    if len(group) == 1:
+        return group[0].choices()
     return [
         Choice(
             sum(c.params for c in col), sum(c.macs for c in col), sum(c.loss for c in col), sum(c.time_ns for c in col)
@@ -284,7 +309,7 @@ def _sum_choices(group: Sequence[_Priced]) -> list[Choice]:
 
 
 def _thin(group: Sequence[_Priced], size: int, *, of_work: bool) -> list[_Priced]:
-    kept = thinned(_sum_choices(group), size, of_work=of_work)
+    kept = thinned(_sum_choices(group), size, of_loss=True, of_work=of_work)
     return [
         _Priced(
             p.site, p.decomposition, tuple(p.structures[i] for i in kept), tuple(p.errors[i] for i in kept), p.analysis

@@ -31,11 +31,15 @@ def test_speed_bounds_the_expected_speed_up(cli: Cli, work: Path) -> None:
     assert speedup() < 3
     outcome = cli("compress", "bert", "-m", "svd", "--ratio", "3", "--speed", "100", "-o", "fast")
     assert outcome.status == 1
-    assert re.search(r"speed 100 cannot be .* the highest expected speed-up that these rules reach is \d", outcome.err)
+    assert re.search(
+        r"speed 100 cannot be .* the highest expected speed-up that these rules reach is \d", outcome.err
+    ), outcome.err
     config = bert_config()
     config.hidden_size, config.intermediate_size = 384, 768
     transformers.BertModel(config).save_pretrained(work / "big")
-    report = run_compress(cli, "-m", "svd", "--ratio", "3", "--speed", "3", "--include", "encoder.*", model="big")
+    report = run_compress(
+        cli, "-m", "svd", "--ratio", "3", "--speed", "3", "--include", "encoder.*", model="big", output="big-out"
+    )
     assert report["expected_speedup"] >= 3
 
 
