@@ -13,6 +13,7 @@ from typing import Any
 
 import compresskit.decompositions  # noqa: F401 - registers them
 from compresskit.api import apply, compress, plan
+from compresskit.core.cost import MACHINE, Gemm, Machine, Pass, Rates, dense_operations
 from compresskit.core.decomposition import Analysis, Decomposition, Fitted
 from compresskit.core.modules import FactorizedEmbedding, FactorizedLinear
 from compresskit.core.registry import decomposition, register
@@ -31,6 +32,7 @@ from compresskit.surgery.sites import find_sites
 from compresskit.version import __version__
 
 __all__ = [
+    "MACHINE",
     "SVD",
     "Analysis",
     "CompresskitError",
@@ -38,10 +40,14 @@ __all__ = [
     "FactorizedEmbedding",
     "FactorizedLinear",
     "Fitted",
+    "Gemm",
     "Kronecker",
+    "Machine",
     "OnProgress",
+    "Pass",
     "Plan",
     "Progress",
+    "Rates",
     "Report",
     "Structure",
     "TensorSpec",
@@ -49,6 +55,7 @@ __all__ = [
     "apply",
     "compress",
     "decomposition",
+    "dense_operations",
     "dequantize_",
     "describe_options",
     "find_sites",

@@ -31,6 +31,7 @@ def compress(
     exclude: str | Sequence[str] = (),
     rules: Sequence[tuple[str, Method]] | Mapping[str, Method] = (),
     max_macs: int | None = None,
+    speed: float | None = None,
     uniform: bool = False,
     allow_slower: bool = False,
     on_progress: OnProgress | None = None,
@@ -46,13 +47,16 @@ def compress(
         method: name of a decomposition (`"kronecker"`) or one with options (`Kronecker(terms=2)`).
         ratio: original / compressed parameters of the whole model, every parameter counted once. Alternatives:
         params: parameters that are left, or
-        keep: compressed / original. Without all three, the options must leave one structure per layer.
+        keep: compressed / original. Without all three, `max_macs` or `speed` must be given, or the options leave one
+            structure per layer.
         include: name patterns that `method` applies to; globs, or `re:` and a regular expression.
         exclude: name patterns that stay dense, whatever else says.
         rules: pairs of pattern and method that come before `method`; the first match wins.
-        max_macs: multiply-adds per token that the replaced layers may take together.
+        max_macs: multiply-adds per token that the layers which the rules choose may take together.
+        speed: expected speed-up of these layers together, at least; expected by a cost model of one machine, so that a
+            plan is the same everywhere.
         uniform: layers of one shape get one structure, as the papers do.
-        allow_slower: permit structures that take more multiply-adds than the dense layer.
+        allow_slower: permit structures that are expected to run slower than the dense layer.
         on_progress: called after each layer.
         provenance: plain data that a saved checkpoint keeps, beside our own.
 
@@ -60,7 +64,7 @@ def compress(
         What was done and what it cost.
 
     Raises:
-        BudgetError: the size cannot be reached; names the highest ratio that can.
+        BudgetError: the size or speed cannot be reached; names the highest that can.
         PlanError: a pattern matches nothing, or the plan is for another model.
         WeightError: a weight holds NaN or infinity.
         UnknownNameError: no such method.
@@ -69,7 +73,7 @@ def compress(
     started = time.perf_counter()
     check_unquantized(model)
     planned = _plan(
-        model, method, ratio, params, keep, include, exclude, rules, max_macs, uniform, allow_slower, on_progress
+        model, method, ratio, params, keep, include, exclude, rules, max_macs, speed, uniform, allow_slower, on_progress
     )
     report = apply_(model, planned.plan, analyses=planned.analyses, on_progress=on_progress, started=started)
     mark_compressed(model, provenance)
@@ -107,13 +111,14 @@ def plan(
     exclude: str | Sequence[str] = (),
     rules: Sequence[tuple[str, Method]] | Mapping[str, Method] = (),
     max_macs: int | None = None,
+    speed: float | None = None,
     uniform: bool = False,
     allow_slower: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Plan:
     """What `compress` would do, as data; arguments and errors are the same. The model is not changed."""
     return _plan(
-        model, method, ratio, params, keep, include, exclude, rules, max_macs, uniform, allow_slower, on_progress
+        model, method, ratio, params, keep, include, exclude, rules, max_macs, speed, uniform, allow_slower, on_progress
     ).plan
 
 
@@ -127,6 +132,7 @@ def _plan(
     exclude: str | Sequence[str],
     rules: Sequence[tuple[str, Method]] | Mapping[str, Method],
     max_macs: int | None,
+    speed: float | None,
     uniform: bool,
     allow_slower: bool,
     on_progress: OnProgress | None,
@@ -147,6 +153,7 @@ def _plan(
         num_params=survey.num_params,
         max_params=budget,
         max_macs=max_macs,
+        speed=speed,
         uniform=uniform,
         allow_slower=allow_slower,
         on_progress=on_progress,

@@ -44,6 +44,7 @@ class Choice:
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     max_macs: int | None
+    speed: float | None
     uniform: bool
     allow_slower: bool
 
@@ -73,6 +74,7 @@ class Choice:
             "include": list(self.include) or "*",
             "exclude": list(self.exclude),
             "max_macs": self.max_macs,
+            "speed": self.speed,
             "uniform": self.uniform,
             "allow_slower": self.allow_slower,
         }
@@ -124,8 +126,9 @@ def choice_options(function: F) -> F:
         click.option(
             "--max-macs", type=Count(), help="Multiply-adds per token that replaced layers may take, e.g. 10M."
         ),
+        click.option("--speed", type=float, help="Expected speed-up of the chosen layers together, at least, e.g. 3."),
         click.option("--uniform", is_flag=True, help="Layers of one shape get one structure, as in the papers."),
-        click.option("--allow-slower", is_flag=True, help="Permit structures with more multiply-adds than dense."),
+        click.option("--allow-slower", is_flag=True, help="Permit structures expected to be slower than dense."),
     ]
     for option in reversed(options):
         function = option(function)

@@ -128,16 +128,20 @@ def plan(plan: "Plan") -> None:
             count(p.params),
             f"{p.site.num_params / p.params:.1f}",
             count(p.macs),
+            f"{p.speedup:.1f}" if p.site.multiplied else "",
             "" if p.expected_error is None else f"{p.expected_error:.3f}",
         )
         for p in plan.sites
     ]
-    table("Plan", ("layer", "weight", "structure", "params", "ratio", "MACs", "error"), rows)
+    table("Plan", ("layer", "weight", "structure", "params", "ratio", "MACs", "speed-up", "error"), rows)
+    _speed_by_group(plan)
     left_dense(plan.left)
     gap = "" if plan.gap is None else f"; at most {plan.gap:.2%} from the least possible loss"
     say(f"Whole model: {count(plan.num_params)} -> {count(plan.params_after)} parameters, ratio {plan.ratio:.3f}{gap}.")
     say(f"Replaceable layers hold {plan.coverage:.1%} of the parameters.")
     say(f"Multiply-adds (MACs) per token in these layers: {count(plan.dense_macs)} -> {count(plan.macs)}.")
+    say(f"Expected speed-up of these layers together: {plan.speedup:.2f} (128 tokens, two CPU cores; not measured).")
+    warn_slower([p.site.name for p in plan.sites if p.slower])
     say("Errors are relative to the norm of the weight (Frobenius) and expected, not yet measured.")
 
 
@@ -156,9 +160,22 @@ def report(report: "Report") -> None:
         )
     table("Replaced layers", ("layers", "number", "structure", "params", "ratio", "error", "worst"), rows)
     left_dense(report.left)
-    slower = [s.name for s in report.sites if s.macs_after > s.macs_before > 0]
-    if slower:
-        say(f"Warning: slower than dense, as you allowed: {', '.join(slower)}")
+    warn_slower([s.name for s in report.sites if s.slower])
+
+
+def _speed_by_group(plan: "Plan") -> None:
+    """Expected times of a forward pass before and after, by group of layers."""
+    rows = []
+    for group, sites in plan.by_group().items():
+        dense, ours = sum(p.dense_time_ns for p in sites), sum(p.time_ns for p in sites)
+        rows.append((group, len(sites), f"{dense / 1e6:.3f}", f"{ours / 1e6:.3f}", f"{dense / ours:.2f}"))
+    table("Expected time", ("layers", "number", "dense ms", "planned ms", "speed-up"), rows)
+
+
+def warn_slower(names: Sequence[str]) -> None:
+    """Say which layers are expected to be slower than dense: only what was asked for can be."""
+    if names:
+        say(f"Warning: expected to be slower than dense, as you asked for them or allowed it: {', '.join(names)}")
 
 
 def left_dense(left: Sequence[Any], most: int = 8) -> None:

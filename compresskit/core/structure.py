@@ -7,7 +7,7 @@ compared, hashed, priced, written as JSON and sent elsewhere without any tensor.
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, final
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compresskit.core.cost import Gemm, Operation, Pass
 from compresskit.errors import StructureError
 
 Factor = Tensor | nn.Module
@@ -109,6 +110,24 @@ class Structure(ABC):
     @abstractmethod
     def lookup_macs(self) -> int:
         """Multiply-adds of `take_rows` per token."""
+
+    def operations(self, tokens: int) -> Sequence[Operation]:
+        """What `matmul` does for this many tokens, from which its time is predicted.
+
+        Unless overridden: two products of the width that gives `macs`, and a pass for each factor beyond two.
+        """
+        width = max(1, round(self.macs / (self.rows + self.cols)))
+        passes = max(0, len(self.factor_specs()) - 2)
+        ends = (Gemm(tokens, width, self.cols), Gemm(tokens, self.rows, width))
+        return (*ends, *[Pass(tokens * (self.rows + self.cols))] * passes)
+
+    def lookup_operations(self, tokens: int) -> Sequence[Operation]:
+        """What `take_rows` does for this many tokens.
+
+        Unless overridden: what is looked up, and a product that gives `lookup_macs`.
+        """
+        width = max(1, round(self.lookup_macs / self.cols))
+        return (Pass(2 * tokens * width), Gemm(tokens, self.cols, width))
 
     @final
     @cached_property

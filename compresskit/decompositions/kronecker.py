@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compresskit.core.cost import Gemm, Operation, Pass
 from compresskit.core.decomposition import Analysis, Decomposition, squared_norm
 from compresskit.core.registry import register
 from compresskit.core.structure import Factor, Structure, TensorSpec, linear, tensor_of
@@ -92,6 +93,17 @@ class KroneckerSum(Structure):
     @property
     def lookup_macs(self) -> int:
         return self.terms * self.cols
+
+    def operations(self, tokens: int) -> Sequence[Operation]:
+        (p, q), (r, s), k = self.small, self.wide, self.terms
+        if self.wide_first:
+            products = (Gemm(tokens * q, k * r, s), Gemm(p, r, q * k, batch=tokens))
+        else:
+            products = (Gemm(p * k, s, q, batch=tokens), Gemm(tokens * p, r, k * s))
+        biased = Pass(2 * tokens * self.rows)
+        if self.small_left:
+            return (*products, biased)
+        return (Pass(2 * tokens * self.cols, strided=True), *products, Pass(2 * tokens * p * r, strided=True), biased)
 
     def factor_specs(self) -> dict[str, TensorSpec]:
         (p, q), (r, s), k = self.small, self.wide, self.terms

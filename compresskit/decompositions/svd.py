@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compresskit.core.cost import Gemm, Operation
 from compresskit.core.decomposition import Analysis, Decomposition, squared_norm
 from compresskit.core.folding import gram
 from compresskit.core.registry import register
@@ -65,6 +66,9 @@ class LowRank(Structure):
     @property
     def lookup_macs(self) -> int:
         return self.rank * self.cols
+
+    def operations(self, tokens: int) -> Sequence[Operation]:
+        return (Gemm(tokens, self.rank, self.cols), Gemm(tokens, self.rows, self.rank))
 
 
 @register

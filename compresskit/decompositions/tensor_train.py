@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compresskit.core.cost import Gemm, Operation, Pass
 from compresskit.core.decomposition import Analysis, Decomposition
 from compresskit.core.folding import Unfolding, balanced_factors, rank_triples
 from compresskit.core.registry import register
@@ -104,6 +105,12 @@ class TrainCores(Structure):
     def macs(self) -> int:
         (r1, r2), (s1, s2, _) = self.row_modes, self.ranks
         return self._col_macs + s1 * r2 * (s2 + r1 * (s1 < r1))
+
+    def operations(self, tokens: int) -> Sequence[Operation]:
+        (r1, r2), (c1, c2), (s1, s2, s3) = self.row_modes, self.col_modes, self.ranks
+        last = [Gemm(tokens * c1, s3, c2)] if s3 < c2 else []
+        first: list[Operation] = [Gemm(r1, r2, s1, batch=tokens), Pass(2 * tokens * self.rows)] if s1 < r1 else []
+        return (*last, Gemm(tokens, s2, c1 * s3), Gemm(tokens, s1 * r2, s2), *first)
 
     @property
     def lookup_macs(self) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compresskit.core.cost import Gemm, Operation, Pass
 from compresskit.core.decomposition import Analysis, Decomposition
 from compresskit.core.folding import Unfolding, balanced_factors, rank_triples
 from compresskit.core.registry import register
@@ -122,6 +123,11 @@ class TuckerTensor(Structure):
         core = math.prod(self.ranks)
         return min(_orders(self.col_modes, self.col_ranks)) + core + min(_orders(self.row_ranks, self.row_modes))
 
+    def operations(self, tokens: int) -> Sequence[Operation]:
+        core = Gemm(tokens, math.prod(self.row_ranks), math.prod(self.col_ranks))
+        last = () if self.row_ranks == self.row_modes else _mix_operations(self.row_ranks, self.row_modes, tokens)
+        return (*_mix_operations(self.col_modes, self.col_ranks, tokens), core, *last)
+
     @property
     def lookup_macs(self) -> int:
         (n1, n2), (r1, r2) = self.row_modes, self.row_ranks
@@ -144,6 +150,20 @@ def _orders(ins: Pair, outs: Pair) -> Pair:
     (i1, i2), (o1, o2) = ins, outs
     first, last = i1 != o1, i2 != o2
     return i1 * o2 * (i2 * last + o1 * first), o1 * i2 * (i1 * first + o2 * last)
+
+
+def _mix_operations(ins: Pair, outs: Pair, tokens: int) -> list[Operation]:
+    """What `_mix` does, a bias as a pass of its own."""
+    (i1, i2), (o1, o2) = ins, outs
+    if ins == outs:
+        return []
+    if i1 == o1 == 1:
+        return [Gemm(tokens, o2, i2)]
+    last_before, last_after = _orders(ins, outs)
+    width, height = (o2, i1) if last_before <= last_after else (i2, o1)  # of the grid as the other product finds it
+    first = [Gemm(o1, width, i1, batch=tokens)] if i1 != o1 else []
+    last = [Gemm(tokens * height, o2, i2)] if i2 != o2 else []
+    return [*(last + first if last_before <= last_after else first + last), Pass(2 * tokens * o1 * o2)]
 
 
 def _mix(

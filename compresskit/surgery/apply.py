@@ -22,7 +22,11 @@ from compresskit.surgery.sites import Refusal, count_params, find_sites, site_we
 @final
 @dataclass(frozen=True)
 class SiteReport:
-    """What became of one site: its new structure and the error that was measured after the fit."""
+    """What became of one site: its new structure and the error that was measured after the fit.
+
+    Times are expected, for `cost.TOKENS` tokens on the machine that plans are made for. `slower`: more multiply-adds
+    than dense, or expected to take notably longer.
+    """
 
     name: str
     names: tuple[str, ...]
@@ -32,6 +36,9 @@ class SiteReport:
     params_after: int
     macs_before: int
     macs_after: int
+    time_ns_before: int
+    time_ns_after: int
+    slower: bool
     expected_error: float | None
     relative_error: float
 
@@ -93,6 +100,11 @@ class Report:
         after = sum(s.macs_after for s in self.sites)
         return sum(s.macs_before for s in self.sites) / after if after else 1.0
 
+    @property
+    def expected_speedup(self) -> float:
+        """Expected time of the replaced layers while dense / now."""
+        return sum(s.time_ns_before for s in self.sites) / sum(s.time_ns_after for s in self.sites)
+
     def by_group(self) -> dict[str, list[SiteReport]]:
         """Sites by name with layer numbers replaced by `*`."""
         groups: dict[str, list[SiteReport]] = {}
@@ -102,7 +114,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, ratios included."""
-        ratios = ("ratio", "site_ratio", "body_ratio", "bytes_ratio", "macs_ratio")
+        ratios = ("ratio", "site_ratio", "body_ratio", "bytes_ratio", "macs_ratio", "expected_speedup")
         return {**{name: getattr(self, name) for name in ratios}, **dataclasses.asdict(self)}
 
 
@@ -203,6 +215,9 @@ def _site_report(planned: PlannedSite, fitted: Fitted) -> SiteReport:
         params_after=planned.params,
         macs_before=planned.dense_macs,
         macs_after=planned.macs,
+        time_ns_before=planned.dense_time_ns,
+        time_ns_after=planned.time_ns,
+        slower=planned.slower,
         expected_error=planned.expected_error,
         relative_error=fitted.relative_error,
     )

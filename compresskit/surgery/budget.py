@@ -8,7 +8,7 @@ writes to the standard output, which `--json` needs.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 import numpy as np
@@ -18,11 +18,14 @@ from compresskit.errors import BudgetError
 
 Array = npt.NDArray[np.float64]
 Picks = npt.NDArray[np.intp]
+Limits = Sequence[tuple[Array, int]]
 
 STEPS = 50_000
 """Resolution of the dynamic program: sizes are rounded up to this share of the budget."""
 BISECTIONS = 60
-MACS_BISECTIONS = 40
+PRICE_BISECTIONS = 40
+PRICE_ROUNDS = 3
+"""Rounds in which two further limits find their prices in turn."""
 LOWEST_PRICE = 1e-12
 """Prices are sought from this share of the largest loss per unit upwards."""
 ROUNDING = 1e-12
@@ -30,13 +33,23 @@ ROUNDING = 1e-12
 
 
 @final
+class TimeLimitError(BudgetError):
+    """The limit of time cannot be kept: the least that can, for whoever knows what it means as a speed-up."""
+
+    def __init__(self, max_time_ns: int, least_time_ns: float) -> None:
+        super().__init__(f"{max_time_ns:,} ns cannot be kept; these rules reach {least_time_ns:,.0f} ns")
+        self.least_time_ns = least_time_ns
+
+
+@final
 @dataclass(frozen=True)
 class Choice:
-    """One way to store a group of sites: what it costs and what it loses."""
+    """One way to store a group of sites: what it costs and what it loses; `time_ns` is predicted, not measured."""
 
     params: int
     macs: int
     loss: float
+    time_ns: int = 0
 
 
 @final
@@ -79,16 +92,23 @@ def param_budget(
     return params
 
 
-def solve(groups: Sequence[Sequence[Choice]], *, max_params: int, max_macs: int | None = None) -> Solution:
-    """The choices with the least total loss that keep both limits.
+def solve(
+    groups: Sequence[Sequence[Choice]],
+    *,
+    max_params: int,
+    max_macs: int | None = None,
+    max_time_ns: int | None = None,
+) -> Solution:
+    """The choices with the least total loss that keep all limits.
 
     Args:
         groups: what each group of sites may become; one choice of each is picked.
         max_params: limit of the sum of parameters.
-        max_macs: limit of the sum of multiply-adds, or None.
+        max_macs, max_time_ns: limits of the sums of multiply-adds and of predicted times, or None.
 
     Raises:
         BudgetError: no combination keeps the limits; says how far the nearest one is.
+        TimeLimitError: what keeps it from doing so is the time.
     """
     least = sum(min(choice.params for choice in group) for group in groups)
     if least > max_params:
@@ -97,8 +117,11 @@ def solve(groups: Sequence[Sequence[Choice]], *, max_params: int, max_macs: int 
         )
     table = _Table.of(groups)
     picks, bound = _knapsack(table.loss, table.params, max_params)
-    if max_macs is not None and _total(table.macs, picks) > max_macs:
-        picks, bound = _limit_macs(table, max_params, max_macs, bound)
+    further = [(table.macs, max_macs), (table.time_ns, max_time_ns)]
+    limits = [(sizes, limit) for sizes, limit in further if limit is not None]
+    if not _keeps(picks, limits):
+        _refuse_impossible(table, max_params, max_macs, max_time_ns)
+        picks, bound = _limit(table, max_params, limits, bound)
     loss = _total(table.loss, picks)
     return Solution(tuple(int(pick) for pick in picks), max(loss - bound, 0.0) / loss if loss > 0 else 0.0)
 
@@ -111,6 +134,7 @@ class _Table:
     params: Array
     macs: Array
     loss: Array
+    time_ns: Array
 
     @staticmethod
     def of(groups: Sequence[Sequence[Choice]]) -> "_Table":
@@ -120,7 +144,7 @@ class _Table:
             rows = [[float(getattr(choice, attribute)) for choice in group] for group in groups]
             return np.array([row + [math.inf] * (width - len(row)) for row in rows])
 
-        return _Table(array("params"), array("macs"), array("loss"))
+        return _Table(array("params"), array("macs"), array("loss"), array("time_ns"))
 
 
 def _total(values: Array, picks: Picks) -> float:
@@ -177,7 +201,7 @@ def _largest(loss: Array) -> float:
     return float(loss[np.isfinite(loss)].max())
 
 
-def _fill(loss: Array, picks: Picks, limits: Sequence[tuple[Array, int]]) -> Picks:
+def _fill(loss: Array, picks: Picks, limits: Limits) -> Picks:
     """Spend what is left of the limits on single exchanges, the best gain first, until none fits."""
     picks = picks.copy()
     rows = np.arange(len(picks))
@@ -234,36 +258,97 @@ def _dynamic_program(loss: Array, params: Array, possible: npt.NDArray[np.bool_]
     return picks
 
 
-def _limit_macs(table: _Table, max_params: int, max_macs: int, bound: float) -> tuple[Picks, float]:
-    """A second limit through its own price, found by bisection; each price gives a bound, the highest counts."""
-    picks = _knapsack(table.macs, table.params, max_params)[0]
-    if (fewest := _total(table.macs, picks)) > max_macs:
+def _keeps(picks: Picks, limits: Limits) -> bool:
+    return all(_total(sizes, picks) <= limit for sizes, limit in limits)
+
+
+def least_time_ns(groups: Sequence[Sequence[Choice]], max_params: int) -> float:
+    """The least total time of choices that keep the limit of parameters, infinity if none does."""
+    table = _Table.of(groups)
+    picks = _knapsack(table.time_ns, table.params, max_params)[0]
+    return _total(table.time_ns, picks) if _total(table.params, picks) <= max_params else math.inf
+
+
+def _refuse_impossible(table: _Table, max_params: int, max_macs: int | None, max_time_ns: int | None) -> None:
+    """Raise BudgetError if one of the further limits cannot be kept beside that of the parameters."""
+    fewest = _total(table.macs, _knapsack(table.macs, table.params, max_params)[0])
+    if max_macs is not None and fewest > max_macs:
         raise BudgetError(
             f"{max_macs:,} multiply-adds per token cannot be kept with {max_params:,} parameters; "
             f"these rules reach {fewest:,.0f}"
         )
-    limits = [(table.params, max_params), (table.macs, max_macs)]
-    macs = np.where(np.isfinite(table.macs), table.macs, 0.0)
-    found = [_fill(table.loss, picks, limits)]
+    least = _total(table.time_ns, _knapsack(table.time_ns, table.params, max_params)[0])
+    if max_time_ns is not None and least > max_time_ns:
+        raise TimeLimitError(max_time_ns, least)
 
-    def keeps(price: float) -> bool:
-        nonlocal bound
-        trial, trial_bound, _ = _relax(table.loss + price * macs, table.params, max_params)
-        bound = max(bound, trial_bound - price * max_macs - ROUNDING * (trial_bound + price * max_macs))
-        kept = _total(table.macs, trial) <= max_macs
-        if kept:
-            found.append(trial)
-        return kept
 
-    top = _largest(table.loss)
-    low, high = 0.0, LOWEST_PRICE * top
-    while not keeps(high) and high < top:
-        low, high = high, high * 4
-    for _ in range(MACS_BISECTIONS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if keeps(middle) else (middle, high)
-    last = _knapsack(table.loss + high * macs, table.params, max_params)[0]
-    if _total(table.macs, last) <= max_macs:
-        found.append(last)
-    best = min(found, key=lambda p: _total(table.loss, p))
-    return _fill(table.loss, best, limits), bound
+def _limit(table: _Table, max_params: int, limits: Limits, bound: float) -> tuple[Picks, float]:
+    """Further limits through prices of their own, found by bisection; each price gives a bound, the highest counts."""
+    every: Limits = [(table.params, max_params), *limits]
+    finite = [np.where(np.isfinite(sizes), sizes, 0.0) for sizes, _ in limits]
+    search = _Prices(table, max_params, limits, finite, bound)
+    shares = sum(sizes / max(limit, 1) for sizes, limit in limits)
+    assert isinstance(shares, np.ndarray)
+    search.found += [
+        _fill(table.loss, picks, every)
+        for sizes in (*(sizes for sizes, _ in limits), shares)
+        if _keeps(picks := _knapsack(sizes, table.params, max_params)[0], limits)
+    ]
+    prices = [0.0] * len(limits)
+    for _ in range(PRICE_ROUNDS if len(limits) > 1 else 1):
+        for i in range(len(limits)):
+            prices[i] = search.price(i, prices)
+    last = _knapsack(search.priced(prices), table.params, max_params)[0]
+    if _keeps(last, limits):
+        search.found.append(last)
+    if not search.found:
+        asked = " and ".join(f"{limit:,}" for _, limit in limits)
+        raise BudgetError(
+            f"no plan was found that keeps {max_params:,} parameters, multiply-adds and time (limits {asked}), "
+            "although each can be kept alone; relax one of them"
+        )
+    best = min(search.found, key=lambda p: _total(table.loss, p))
+    return _fill(table.loss, best, every), search.bound
+
+
+@dataclass
+class _Prices:
+    """The search for prices of further limits: what was found on the way, and the highest bound."""
+
+    table: _Table
+    max_params: int
+    limits: Limits
+    finite: Sequence[Array]
+    bound: float
+    found: list[Picks] = field(default_factory=list)
+
+    def priced(self, prices: Sequence[float]) -> Array:
+        """The losses with what each choice takes of the limits."""
+        losses = self.table.loss
+        for price, sizes in zip(prices, self.finite, strict=True):
+            losses = losses + price * sizes
+        return losses
+
+    def price(self, i: int, prices: Sequence[float]) -> float:
+        """About the smallest price of limit i at which the cheapest choices keep it, the other prices being fixed."""
+        top = _largest(self.table.loss)
+        low, high = 0.0, LOWEST_PRICE * top
+        if len(self.limits) > 1 and self._try(i, prices, 0.0):
+            return 0.0
+        while not self._try(i, prices, high) and high < top:
+            low, high = high, high * 4
+        for _ in range(PRICE_BISECTIONS):
+            middle = (low + high) / 2
+            low, high = (low, middle) if self._try(i, prices, middle) else (middle, high)
+        return high
+
+    def _try(self, i: int, prices: Sequence[float], price: float) -> bool:
+        """Whether the cheapest choices at this price keep limit i; notes them and their bound."""
+        prices = [price if j == i else other for j, other in enumerate(prices)]
+        trial, bound, _ = _relax(self.priced(prices), self.table.params, self.max_params)
+        paid = sum(price * limit for price, (_, limit) in zip(prices, self.limits, strict=True))
+        self.bound = max(self.bound, bound - paid - ROUNDING * (bound + paid))
+        if _keeps(trial, self.limits):
+            self.found.append(trial)
+        sizes, limit = self.limits[i]
+        return _total(sizes, trial) <= limit

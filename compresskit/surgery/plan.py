@@ -4,10 +4,12 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, final
 
 from torch import nn
 
+from compresskit.core.cost import MACHINE, TOKENS, Operation, dense_lookup_operations, dense_operations
 from compresskit.core.decomposition import Decomposition
 from compresskit.core.registry import decomposition, structure_from_json
 from compresskit.core.structure import Structure
@@ -16,6 +18,8 @@ from compresskit.options import option_text
 from compresskit.surgery.sites import Refusal, Site, Survey, find_sites
 
 FORMAT_VERSION = 1
+NOTABLE_NS = 20_000
+"""Expected times of a layer that are less than this apart count as equal: about ten operator calls."""
 
 
 @final
@@ -46,6 +50,25 @@ class PlannedSite:
     @property
     def dense_macs(self) -> int:
         return self.site.multiplied * self.site.num_params
+
+    @property
+    def time_ns(self) -> int:
+        """Expected time for `cost.TOKENS` tokens on the machine that plans are made for."""
+        return site_time_ns(self.site, self.structure)
+
+    @property
+    def dense_time_ns(self) -> int:
+        return site_time_ns(self.site, None)
+
+    @property
+    def speedup(self) -> float:
+        """Expected time while dense / expected time."""
+        return self.dense_time_ns / self.time_ns
+
+    @property
+    def slower(self) -> bool:
+        """Whether it does more multiply-adds than the dense layer or is expected to take notably longer."""
+        return runs_slower(self.site, self.structure)
 
 
 @final
@@ -87,6 +110,18 @@ class Plan:
         """Multiply-adds per token in the same sites while they are dense."""
         return sum(planned.dense_macs for planned in self.sites)
 
+    @property
+    def speedup(self) -> float:
+        """Expected time of the sites of the plan while dense / as planned."""
+        return sum(p.dense_time_ns for p in self.sites) / max(sum(p.time_ns for p in self.sites), 1)
+
+    def by_group(self) -> dict[str, list[PlannedSite]]:
+        """Sites by name with layer numbers replaced by `*`."""
+        groups: dict[str, list[PlannedSite]] = {}
+        for planned in self.sites:
+            groups.setdefault(group_name(planned.site.name), []).append(planned)
+        return groups
+
     def to_json(self) -> dict[str, Any]:
         """Plain data; `plan_from_json` reads `sites` back, the other entries are for the reader."""
         return {
@@ -94,6 +129,7 @@ class Plan:
             "num_params": self.num_params,
             "params_after": self.params_after,
             "ratio": self.ratio,
+            "expected_speedup": self.speedup,
             "coverage": self.coverage,
             "gap": self.gap,
             "sites": [_site_json(planned) for planned in self.sites],
@@ -107,6 +143,35 @@ def site_macs(site: Site, structure: Structure) -> int:
     return site.multiplied * structure.macs + lookups * structure.lookup_macs
 
 
+def site_time_ns(site: Site, structure: Structure | None) -> int:
+    """Expected time of all modules of a site for `cost.TOKENS` tokens, dense without a structure. In whole ns."""
+    return _time_ns(site.rows, site.cols, structure, site.multiplied, len(site.kinds) - site.multiplied)
+
+
+@lru_cache(maxsize=1 << 16)
+def _time_ns(rows: int, cols: int, structure: Structure | None, multiplied: int, lookups: int) -> int:
+    operations: list[Operation] = []
+    if structure is None:
+        operations += dense_operations(rows, cols, TOKENS) * multiplied
+        operations += dense_lookup_operations(cols, TOKENS) * lookups
+    else:
+        operations += [*structure.operations(TOKENS)] * multiplied if multiplied else []
+        operations += [*structure.lookup_operations(TOKENS)] * lookups if lookups else []
+    return max(round(MACHINE.time_s(operations) * 1e9), 1)
+
+
+def runs_slower(site: Site, structure: Structure) -> bool:
+    """Whether a structure does more multiply-adds than the dense layer or is expected to take notably longer.
+
+    Less than `NOTABLE_NS` does not count: what tiny layers take is the overhead of calls. Nor does a table that rows
+    are only looked up in: that takes next to nothing.
+    """
+    if site.multiplied == 0:
+        return False
+    longer = site_time_ns(site, structure) - site_time_ns(site, None)
+    return structure.macs > site.num_params or longer > NOTABLE_NS * site.multiplied
+
+
 def _site_json(planned: PlannedSite) -> dict[str, Any]:
     return {
         "name": planned.site.name,
@@ -117,6 +182,7 @@ def _site_json(planned: PlannedSite) -> dict[str, Any]:
         "dense_params": planned.site.num_params,
         "macs": planned.macs,
         "dense_macs": planned.dense_macs,
+        "expected_speedup": planned.speedup,
         "expected_error": planned.expected_error,
     }
 

@@ -10,8 +10,9 @@ from torch import nn
 from compresskit.core.decomposition import Analysis, Decomposition, as_matrix, squared_norm
 from compresskit.core.structure import Structure
 from compresskit.errors import BudgetError
-from compresskit.surgery.budget import Choice, solve
-from compresskit.surgery.plan import Plan, PlannedSite, site_macs
+from compresskit.surgery.budget import Choice, TimeLimitError, least_time_ns, solve
+from compresskit.surgery.limits import Limits, choice_of, four_digits_down, limits_of, thinned
+from compresskit.surgery.plan import Plan, PlannedSite, runs_slower
 from compresskit.surgery.rules import Assignment
 from compresskit.surgery.sites import Refusal, Site, site_weight
 
@@ -19,6 +20,9 @@ SMALLER, LARGER = 4, 8
 """Structures between the average size over SMALLER and times LARGER are priced; more only if these do not reach."""
 MAX_CHOICES = 6000
 """Choices that the solver gets in all; menus that are finer (one rank after the other) are thinned."""
+
+
+SLOWER = "every structure that the method has for it is expected to run slower than dense (allow_slower permits them)"
 
 
 @final
@@ -64,13 +68,7 @@ class _Priced:
     analysis: Analysis | None
 
     def choices(self) -> list[Choice]:
-        site = self.site
-        return [
-            Choice(site.num_params, site.multiplied * site.num_params, 0.0)
-            if structure is None
-            else Choice(structure.num_params + site.extra_params, site_macs(site, structure), error * site.num_params)
-            for structure, error in zip(self.structures, self.errors, strict=True)
-        ]
+        return [choice_of(self.site, s, error) for s, error in zip(self.structures, self.errors, strict=True)]
 
 
 def make_plan(
@@ -80,6 +78,7 @@ def make_plan(
     num_params: int,
     max_params: int | None,
     max_macs: int | None = None,
+    speed: float | None = None,
     uniform: bool = False,
     allow_slower: bool = False,
     on_progress: OnProgress | None = None,
@@ -92,22 +91,28 @@ def make_plan(
     Args:
         assignment: which decomposition for which site, from `rules.assign`.
         num_params: parameters of the model, from the survey.
-        max_params: parameters that the whole compressed model may have; None: options leave one structure per site.
+        max_params: parameters that the whole compressed model may have; None: options leave one structure per site,
+            or the size is limited by `max_macs` or `speed` alone.
         max_macs: multiply-adds per token that the assigned sites may take together; None: no limit.
+        speed: expected time of the assigned sites while dense / as planned, at least; None: no limit.
         uniform: all sites of one shape and method get the same structure, as in the papers.
-        allow_slower: also consider structures that take more multiply-adds than the dense layer.
+        allow_slower: also consider structures that take more multiply-adds than the dense layer, or longer.
 
     Raises:
         BudgetError: the rules cannot reach the budget; says what they reach and what holds them back.
         WeightError: a weight holds NaN or infinity, or is no real matrix; names it.
     """
     menus: Mapping[str, Sequence[Structure]] = _menus(assignment, allow_slower=allow_slower)
+    rest = num_params - sum(site.num_params for site, _ in assignment.chosen)
+    choice = any(len(menu) > 1 for menu in menus.values())
+    if max_params is None and choice and not (max_macs is None and speed is None):
+        max_params = num_params
+    limits = limits_of(assignment, (max_params or num_params) - rest, max_macs, speed)
     if max_params is None:
-        _refuse_choice(assignment, menus)
+        _refusechoice_of(assignment, menus)
     else:
-        rest = num_params - sum(site.num_params for site, _ in assignment.chosen)
         _refuse_unreachable(assignment, menus, rest, num_params, max_params)
-        menus = _narrow(assignment, menus, max_params - rest)
+        menus = _narrow(assignment, menus, limits, uniform=uniform)
     priced: list[_Priced] = []
     for site, decomposition in assignment.chosen:
         priced.append(_price(model, site, decomposition, menus[site.name]))
@@ -115,14 +120,20 @@ def make_plan(
             on_progress(Progress("analyse", site.name, len(priced), len(assignment.chosen)))
     if max_params is None:
         picks, gap = [(p, len(p.structures) - 1) for p in priced], 0.0
-        _refuse_macs(picks, max_macs)
+        _refuse_work(picks, limits)
     else:
-        picks, gap = _solve(priced, max_params=max_params - rest, max_macs=max_macs, uniform=uniform)
+        picks, gap = _solve(priced, limits, uniform=uniform)
     planned, dense = _sort_picks(picks)
     if not planned:
-        raise BudgetError("every site would stay dense: the budget is too generous, or the method has no structure")
+        raise BudgetError(f"every site would stay dense: {_why_dense(dense)}")
     plan = Plan(planned, (*assignment.left, *dense), num_params, assignment.coverage, gap)
     return Planned(plan, {p.site.name: p.analysis for p in priced if p.analysis is not None})
+
+
+def _why_dense(dense: Sequence[Refusal]) -> str:
+    if any(refusal.reason == SLOWER for refusal in dense):
+        return f"for {dense[0].name!r} and others, {SLOWER}"
+    return "the budget is too generous, or the method has no structure"
 
 
 def _menus(assignment: Assignment, *, allow_slower: bool) -> dict[str, list[Structure]]:
@@ -138,16 +149,16 @@ def _menus(assignment: Assignment, *, allow_slower: bool) -> dict[str, list[Stru
 
 
 def _menu(site: Site, decomposition: Decomposition, *, allow_slower: bool) -> list[Structure]:
-    """Structures smaller than the weight; none that takes more multiply-adds than the dense layer unless allowed."""
+    """Structures smaller than the weight; none that runs slower than the dense layer unless allowed."""
     return [
         structure
         for structure in decomposition.menu(site.rows, site.cols, lookup=site.lookup)
         if structure.num_params + site.extra_params < site.num_params
-        and (allow_slower or site.multiplied == 0 or structure.macs <= site.num_params)
+        and (allow_slower or not runs_slower(site, structure))
     ]
 
 
-def _refuse_choice(assignment: Assignment, menus: Mapping[str, Sequence[Structure]]) -> None:
+def _refusechoice_of(assignment: Assignment, menus: Mapping[str, Sequence[Structure]]) -> None:
     for site, decomposition in assignment.chosen:
         if len(menus[site.name]) > 1:
             raise BudgetError(
@@ -170,40 +181,80 @@ def _refuse_unreachable(
     ]
     biggest = "; ".join(f"{name} {n:,} ({reason})" for n, name, reason in sorted(holders, reverse=True)[:4])
     asked = num_params / max_params if max_params else math.inf
-    digits = 10 ** (3 - math.floor(math.log10(num_params / floor)))  # four, rounded down: what it says can be reached
     raise BudgetError(
         f"ratio {asked:.4g} leaves {max_params:,} of {num_params:,} parameters; the highest ratio that these rules "
-        f"reach is {math.floor(num_params / floor * digits) / digits:.4g} ({floor:,} parameters, {rest:,} of them in "
+        f"reach is {four_digits_down(num_params / floor):.4g} ({floor:,} parameters, {rest:,} of them in "
         f"what no rule touches). Most is held by: {biggest}"
     )
 
 
-def _refuse_macs(picks: Sequence[tuple[_Priced, int]], max_macs: int | None) -> None:
-    macs = sum(priced.choices()[pick].macs for priced, pick in picks)
-    if max_macs is not None and macs > max_macs:
-        raise BudgetError(f"these options take {macs:,} multiply-adds per token together, more than {max_macs:,}")
+def _refuse_work(picks: Sequence[tuple[_Priced, int]], limits: Limits) -> None:
+    """Raise BudgetError if structures that leave no choice take more than the limits."""
+    choices = [priced.choices()[pick] for priced, pick in picks]
+    macs, time_ns = sum(choice.macs for choice in choices), sum(choice.time_ns for choice in choices)
+    if limits.macs is not None and macs > limits.macs:
+        raise BudgetError(f"these options take {macs:,} multiply-adds per token together, more than {limits.macs:,}")
+    if limits.time_ns is not None and time_ns > limits.time_ns:
+        raise limits.unreachable(time_ns)
 
 
 def _narrow(
-    assignment: Assignment, menus: Mapping[str, Sequence[Structure]], budget: int
+    assignment: Assignment, menus: Mapping[str, Sequence[Structure]], limits: Limits, *, uniform: bool
 ) -> Mapping[str, Sequence[Structure]]:
-    """What to price: structures around the average compression, wider until the smallest ones fit the budget.
+    """What to price: structures around the average compression, wider until the limits can be kept, or all.
 
     A site that cannot be compressed nearly that much keeps its smallest structure.
+
+    Raises:
+        BudgetError: nothing is fast enough.
     """
-    average = sum(site.num_params for site, _ in assignment.chosen) / max(budget, 1)
-    smaller = float(SMALLER)
+    average = sum(site.num_params for site, _ in assignment.chosen) / max(limits.params, 1)
+    smaller, larger = float(SMALLER), float(LARGER)
 
     def narrowed(site: Site) -> Sequence[Structure]:
         menu = menus[site.name]
-        near = [s for s in menu if average / LARGER <= site.num_params / s.num_params <= average * smaller]
+        near = [s for s in menu if average / larger <= site.num_params / s.num_params <= average * smaller]
         return near or sorted(menu, key=lambda s: s.num_params)[:1]
 
     while True:
         near = {site.name: narrowed(site) for site, _ in assignment.chosen}
-        if sum(_least(site, near[site.name]) for site, _ in assignment.chosen) <= budget:
-            return near
-        smaller *= 4
+        complete = near == menus
+        if complete or _fits(assignment, near, limits):
+            least_ns = 0.0 if limits.time_ns is None else _least_time_ns(assignment, near, limits, uniform=uniform)
+            if limits.time_ns is None or least_ns <= limits.time_ns:
+                return near
+            if complete:
+                raise limits.unreachable(least_ns)
+        smaller, larger = smaller * 4, larger * 4 if limits.of_work else larger
+
+
+def _fits(assignment: Assignment, menus: Mapping[str, Sequence[Structure]], limits: Limits) -> bool:
+    """Whether the smallest structures keep the limit of parameters, and the cheapest that of multiply-adds."""
+    if sum(_least(site, menus[site.name]) for site, _ in assignment.chosen) > limits.params:
+        return False
+    groups = ([choice_of(site, s, 0.0).macs for s in (None, *menus[site.name])] for site, _ in assignment.chosen)
+    return limits.macs is None or sum(map(min, groups)) <= limits.macs
+
+
+def _least_time_ns(
+    assignment: Assignment, menus: Mapping[str, Sequence[Structure]], limits: Limits, *, uniform: bool
+) -> float:
+    """Least time within the limit of parameters that the solver will find in these menus, whatever the errors."""
+    choices: dict[object, list[Choice]] = {}
+    groups: dict[object, list[object]] = {}
+    for site, decomposition in assignment.chosen:
+        key = (decomposition, site.rows, site.cols, site.kinds, site.extra_params)
+        if key not in choices:
+            choices[key] = [choice_of(site, s, 0.0) for s in (None, *menus[site.name])]
+        groups.setdefault(key if uniform else site.name, []).append(key)
+    size = max(MAX_CHOICES // len(groups), 32)
+    return least_time_ns([_alike(choices[keys[0]], len(keys), size) for keys in groups.values()], limits.params)
+
+
+def _alike(choices: Sequence[Choice], number: int, size: int) -> list[Choice]:
+    """The fast choices of as many equal sites together."""
+    kept = [choices[i] for i in thinned(choices, size, of_loss=False, of_work=True)]
+    return [Choice(number * c.params, number * c.macs, 0.0, number * c.time_ns) for c in kept]
 
 
 def _least(site: Site, menu: Sequence[Structure]) -> int:
@@ -222,15 +273,17 @@ def _price(model: nn.Module, site: Site, decomposition: Decomposition, menu: Seq
     return _Priced(site, decomposition, (None, *menu), (0.0, *errors), analysis if same_memory else None)
 
 
-def _solve(
-    priced: Sequence[_Priced], *, max_params: int, max_macs: int | None, uniform: bool
-) -> tuple[list[tuple[_Priced, int]], float]:
+def _solve(priced: Sequence[_Priced], limits: Limits, *, uniform: bool) -> tuple[list[tuple[_Priced, int]], float]:
     """The pick for each site, in the order of `priced`, and the proven gap."""
     groups = _group(priced, uniform=uniform)
-    limit = max(MAX_CHOICES // len(groups), 32)
-    thinned = [_thin(group, limit) for group in groups]
-    solution = solve([_sum_choices(group) for group in thinned], max_params=max_params, max_macs=max_macs)
-    picks = {p.site.name: (p, pick) for group, pick in zip(thinned, solution.picks, strict=True) for p in group}
+    size = max(MAX_CHOICES // len(groups), 32)
+    thin = [_thin(group, size, of_work=limits.of_work) for group in groups]
+    choices = [_sum_choices(group) for group in thin]
+    try:
+        solution = solve(choices, max_params=limits.params, max_macs=limits.macs, max_time_ns=limits.time_ns)
+    except TimeLimitError as error:
+        raise limits.unreachable(error.least_time_ns) from error
+    picks = {p.site.name: (p, pick) for group, pick in zip(thin, solution.picks, strict=True) for p in group}
     return [picks[p.site.name] for p in priced], solution.gap
 
 
@@ -245,23 +298,18 @@ def _group(priced: Sequence[_Priced], *, uniform: bool) -> list[list[_Priced]]:
 
 def _sum_choices(group: Sequence[_Priced]) -> list[Choice]:
     """Choices of sites that share one structure: everything adds up."""
-    columns = zip(*(p.choices() for p in group), strict=True)
-    return [Choice(sum(c.params for c in col), sum(c.macs for c in col), sum(c.loss for c in col)) for col in columns]
+    if len(group) == 1:
+        return group[0].choices()
+    return [
+        Choice(
+            sum(c.params for c in col), sum(c.macs for c in col), sum(c.loss for c in col), sum(c.time_ns for c in col)
+        )
+        for col in zip(*(p.choices() for p in group), strict=True)
+    ]
 
 
-def _thin(group: Sequence[_Priced], limit: int) -> list[_Priced]:
-    """About `limit` structures: the best of each of `limit` sizes, spaced evenly on a log scale, and the smallest."""
-    choices = _sum_choices(group)
-    if len(choices) <= limit:
-        return list(group)
-    low, high = math.log(min(c.params for c in choices)), math.log(max(c.params for c in choices))
-    best: dict[int, int] = {}
-    for i, choice in enumerate(choices):
-        bin_ = int((math.log(choice.params) - low) / (high - low) * limit)
-        if bin_ not in best or choice.loss < choices[best[bin_]].loss:
-            best[bin_] = i
-    smallest = min(range(len(choices)), key=lambda i: (choices[i].params, choices[i].loss))
-    kept = sorted({0, smallest, *best.values()})
+def _thin(group: Sequence[_Priced], size: int, *, of_work: bool) -> list[_Priced]:
+    kept = thinned(_sum_choices(group), size, of_loss=True, of_work=of_work)
     return [
         _Priced(
             p.site, p.decomposition, tuple(p.structures[i] for i in kept), tuple(p.errors[i] for i in kept), p.analysis
@@ -276,9 +324,17 @@ def _sort_picks(picks: Sequence[tuple[_Priced, int]]) -> tuple[tuple[PlannedSite
     for priced, pick in picks:
         structure = priced.structures[pick]
         if structure is None:
-            reason = "the budget keeps it dense" if len(priced.structures) > 1 else "the method has no structure for it"
+            reason = "the budget keeps it dense" if len(priced.structures) > 1 else _why_none(priced)
             dense.append(Refusal(priced.site.name, priced.site.num_params, reason))
         else:
             error = math.sqrt(max(priced.errors[pick], 0.0))
             planned.append(PlannedSite(priced.site, priced.decomposition, structure, error))
     return tuple(planned), dense
+
+
+def _why_none(priced: _Priced) -> str:
+    """Why the menu of a site is empty."""
+    site = priced.site
+    menu = priced.decomposition.menu(site.rows, site.cols, lookup=site.lookup)
+    smaller = any(s.num_params + site.extra_params < site.num_params for s in menu)
+    return SLOWER if smaller else "the method has no structure for it"

@@ -29,6 +29,7 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         "take-rows": structures.take_rows,
         "out-of-range": structures.out_of_range,
         "macs": structures.macs,
+        "operations": structures.operations,
         "lookup-macs": structures.lookup_macs,
         "gradients": structures.gradients,
         "factors": fits.factors,

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compresskit.core.cost import MACHINE, Gemm
 from compresskit.core.decomposition import Decomposition
 from compresskit.core.registry import structure_from_json
 from compresskit.core.structure import Structure, empty_factors
@@ -127,6 +128,21 @@ def macs(case: Case) -> None:
             case.structure.macs * tokens == counted,
             f"macs says {case.structure.macs:,} multiply-adds per token, {counted:,} were counted for {tokens}",
         )
+
+
+@each_structure()
+def operations(case: Case) -> None:
+    """`operations` does the multiply-adds that `macs` says, as far as whole sizes allow, and takes some time."""
+    structure = case.structure
+    for tokens in (1, 6):
+        steps = structure.operations(tokens)
+        said = sum(step.macs for step in steps if isinstance(step, Gemm))
+        expect(
+            abs(said - structure.macs * tokens) <= tokens * (structure.rows + structure.cols),
+            f"operations do {said:,} multiply-adds for {tokens} tokens, macs says {structure.macs:,} for each",
+        )
+        for what, found in (("operations", steps), ("lookup_operations", structure.lookup_operations(tokens))):
+            expect(0 < MACHINE.time_s(found) < 1, f"{what}({tokens}) would take {MACHINE.time_s(found)} s")
 
 
 @each_structure()

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     "--output", "-o", type=click.Path(path_type=Path), help="Folder to write. Default: MODEL-METHOD-RATIO here."
 )
 @click.option("--force", is_flag=True, help="Replace an existing output folder, once the new one is complete.")
+@click.option(
+    "--measure/--no-measure", default=None, help="Time the result against the dense model. Default: if it takes < 1 s."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
     model: str,
@@ -35,6 +38,7 @@ def command(
     plan_file: Path | None,
     output: Path | None,
     force: bool,
+    measure: bool | None,
     as_json: bool,
     **choice: Any,
 ) -> None:
@@ -78,12 +82,13 @@ def command(
         left_dense=[(refusal.name, refusal.reason) for refusal in report.left],
     )
     save_checkpoint(loaded, folder, output, force=force, card=card)
-    costs = _costs(report, folder, output)
+    costs = {**_costs(report, folder, output), "measured": _measured(loaded, report, measure)}
     if as_json:
         click.echo(json.dumps({"output": str(output), **costs, **report.to_json()}, indent=1))
     else:
         render.report(report)
-        rows = [*_facts(report), ("bytes on disk", _disk_text(costs)), *_run_facts(costs, output)]
+        rows = [*_facts(report), ("measured speed-up of the model", _speed_text(costs["measured"]))]
+        rows += [("bytes on disk", _disk_text(costs)), *_run_facts(costs, output)]
         render.facts("Result", rows)
         render.say("Open it with:\n    import compresskit, transformers")
         render.say(f"    model = transformers.{type(loaded).__name__}.from_pretrained({json.dumps(str(output))})")
@@ -144,8 +149,24 @@ def _facts(report: "Report") -> list[tuple[str, str]]:
         ("ratio, bytes of parameters", f"{report.bytes_ratio:.3f}"),
         ("bytes of parameters", f"{size(report.bytes_before)} -> {size(report.bytes_after)}"),
         ("multiply-adds in replaced layers", f"{report.macs_ratio:.2f} times fewer"),
+        ("expected speed-up of replaced layers", f"{report.expected_speedup:.2f} (128 tokens, two CPU cores)"),
         ("relative error of replaced weights", f"{report.relative_error:.4f}"),
     ]
+
+
+def _measured(model: Any, report: "Report", wanted: bool | None) -> dict[str, Any]:
+    from compresskit_cli.speed import measure
+
+    if wanted is False:
+        return {"skipped": "--no-measure"}
+    return measure(model, dense_bytes=report.bytes_before, asked=bool(wanted))
+
+
+def _speed_text(measured: dict[str, Any]) -> str:
+    if "skipped" in measured:
+        return f"not measured: {measured['skipped']}"
+    where = f"{measured['batch']} x {measured['length']} tokens on {measured['device']}"
+    return f"{measured['speedup']:.2f} (forward pass, {where}, median of {measured['rounds']} rounds)"
 
 
 def _costs(report: "Report", folder: Path, output: Path) -> dict[str, Any]:

@@ -31,12 +31,19 @@ def test_the_table_for_people(cli: Cli, work: Path) -> None:
     assert (outcome.status, outcome.err) == (0, "")
     assert fingerprint(work) == before
     lines = outcome.out.splitlines()
-    assert lines[1].split() == ["layer", "weight", "structure", "params", "ratio", "MACs", "error"]
+    assert lines[1].split() == ["layer", "weight", "structure", "params", "ratio", "MACs", "speed-up", "error"]
     row = next(line for line in lines if line.startswith("encoder.layer.1.intermediate.dense ")).split()
     assert row[1:4] == ["96", "x", "48"]
     rank, params = int(row[5].removeprefix("(rank=").removesuffix(")")), 144
     assert row[6:9] == [f"{rank * params:,}", f"{96 * 48 / (rank * params):.1f}", f"{rank * params:,}"]
-    assert 0 < float(row[9]) < 1
+    assert 0.5 < float(row[9]) < 3
+    assert 0 < float(row[10]) < 1
+    head = lines.index(next(line for line in lines if line.startswith("Expected time")))
+    assert lines[head + 1].split() == ["layers", "number", "dense", "ms", "planned", "ms", "speed-up"]
+    group = next(line for line in lines[head:] if line.startswith("encoder.layer.*.intermediate.dense")).split()
+    assert float(group[2]) / float(group[3]) == pytest.approx(float(group[4]), rel=0.1)
+    assert "Expected speed-up of these layers together: " in outcome.out
+    assert "Warning" not in outcome.out
     assert "excluded by '*.0.*'" in outcome.out
     assert "Whole model: 48,144 -> 24,0" in outcome.out
 
@@ -47,10 +54,11 @@ def test_json_is_one_document(cli: Cli, work: Path) -> None:
     made = outcome.json()
     assert made == json.loads((work / "plan.json").read_text())
     assert set(made) == {
-        *("format_version", "num_params", "params_after", "ratio", "gap", "coverage", "sites", "left_dense")
+        *("format_version", "num_params", "params_after", "ratio", "gap", "coverage", "sites", "left_dense"),
+        "expected_speedup",
     }
     assert made["ratio"] == made["num_params"] / made["params_after"] >= 4
-    numbers = {"params", "dense_params", "macs", "dense_macs", "expected_error"}
+    numbers = {"params", "dense_params", "macs", "dense_macs", "expected_error", "expected_speedup"}
     assert all(set(site) == {"name", "method", "options", "structure"} | numbers for site in made["sites"])
 
 

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from compresskit.core import registry
+from compresskit.core.cost import Pass, dense_operations
 from compresskit.core.decomposition import Decomposition, Fitted
 from compresskit.decompositions.svd import LowRank
 from compresskit.errors import BudgetError
@@ -87,6 +88,12 @@ broken("out-of-range", "row 24 raised no IndexError", structure=wrapped)
 broken("macs", "macs says 49 multiply-adds", structure={"macs": property(lambda self: Toy.macs.fget(self) + 1)})
 rebuilds = {"matmul": lambda self, x, factors, bias=None: F.linear(x, self.dense(factors), bias)}
 broken("macs", "were counted for", structure={"dense": Toy.dense, **rebuilds})
+idle = {"operations": lambda self, tokens: []}
+broken("operations", r"operations\(1\) would take 0 s", structure=idle)
+rebuilt = {"operations": lambda self, tokens: dense_operations(self.rows, self.cols, tokens)}
+broken("operations", "operations do 576 multiply-adds for 1 tokens, macs says 48", structure=rebuilt)
+endless = {"lookup_operations": lambda self, tokens: [Pass(10**13)]}
+broken("operations", r"lookup_operations\(1\) would take \d+", structure=endless)
 broken("lookup-macs", "lookup_macs says 0", structure={"lookup_macs": property(lambda self: 0)})
 broken("lookup-macs", "lookup_macs says 99", structure={"lookup_macs": property(lambda self: 99)})
 

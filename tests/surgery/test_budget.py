@@ -86,6 +86,40 @@ def test_multiply_adds_are_kept_and_the_gap_is_still_a_bound(instance, share, sc
     assert loss * (1 - solution.gap) <= optimum * (1 + 1e-9)
 
 
+def with_times(groups, seed):
+    """The same choices with times that have little to do with their multiply-adds."""
+    generator = np.random.default_rng(seed)
+    return [
+        [Choice(c.params, c.macs, c.loss, int(generator.integers(0, c.params + 2))) for c in group] for group in groups
+    ]
+
+
+@settings(max_examples=200)
+@given(instances(FRACTIONS), st.floats(0, 1), st.floats(0, 1), st.integers(0, 99))
+def test_three_limits_are_kept_and_the_gap_is_still_a_bound(instance, macs_share, time_share, seed):
+    groups, limit = instance
+    groups = with_times(groups, seed)
+    max_macs, max_time_ns = (
+        int(share * sum(max(getattr(c, what) for c in group) for group in groups))
+        for share, what in ((macs_share, "macs"), (time_share, "time_ns"))
+    )
+    losses = [
+        sum(c.loss for c in combination)
+        for combination in itertools.product(*groups)
+        if sum(c.params for c in combination) <= limit
+        and sum(c.macs for c in combination) <= max_macs
+        and sum(c.time_ns for c in combination) <= max_time_ns
+    ]
+    try:
+        solution = solve(groups, max_params=limit, max_macs=max_macs, max_time_ns=max_time_ns)
+    except BudgetError as error:
+        assert not losses or "no plan was found" in str(error) or limit > budget.STEPS  # noqa: PT017
+        return
+    chosen = [group[pick] for group, pick in zip(groups, solution.picks, strict=True)]
+    assert sum(c.time_ns for c in chosen) <= max_time_ns
+    assert check(groups, limit, max_macs, solution) * (1 - solution.gap) <= min(losses) * (1 + 1e-9)
+
+
 def random_groups(seed, count=12, width=15):
     """Menus like real ones: the more parameters, the less loss, not quite in step."""
     generator = np.random.default_rng(seed)
@@ -148,6 +182,39 @@ def test_agrees_with_scipy_milp_under_both_limits(seed):
     loss, optimum = check(groups, limit, max_macs, solution), milp_optimum(groups, limit, max_macs)
     assert optimum * (1 - 1e-6) <= loss <= optimum * 1.03
     assert loss * (1 - solution.gap) <= optimum * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_time_is_a_limit_like_multiply_adds(seed):
+    groups = random_groups(seed)
+    turned = [[Choice(c.params, 0, c.loss, c.macs) for c in group] for group in groups]
+    limit = between(groups, 0.3)
+    free = solve(groups, max_params=limit)
+    most = int(0.8 * sum(group[pick].macs for group, pick in zip(groups, free.picks, strict=True)))
+    assert solve(turned, max_params=limit, max_time_ns=most) == solve(groups, max_params=limit, max_macs=most)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_both_further_limits_are_kept_closely(seed):
+    groups = with_times(random_groups(seed), seed)
+    limit = between(groups, 0.3)
+    free = solve(groups, max_params=limit)
+    chosen = [group[pick] for group, pick in zip(groups, free.picks, strict=True)]
+    macs, time_ns = (int(0.9 * sum(getattr(c, what) for c in chosen)) for what in ("macs", "time_ns"))
+    solution = solve(groups, max_params=limit, max_macs=macs, max_time_ns=time_ns)
+    loss = check(groups, limit, macs, solution)
+    assert sum(group[pick].time_ns for group, pick in zip(groups, solution.picks, strict=True)) <= time_ns
+    assert solution.gap < 0.25
+    assert loss >= check(groups, limit, None, free) * (1 - free.gap)
+
+
+def test_too_little_time_is_an_error_with_the_least_that_can_be_kept():
+    groups = [[Choice(4, 0, 1.0, 5), Choice(1, 0, 2.0, 50)]] * 2
+    with pytest.raises(budget.TimeLimitError, match="9 ns cannot be kept; these rules reach 10 ns") as caught:
+        solve(groups, max_params=8, max_time_ns=9)
+    assert caught.value.least_time_ns == budget.least_time_ns(groups, 8) == 10
+    assert budget.least_time_ns(groups, 5) == 55
+    assert solve(groups, max_params=8, max_time_ns=10).picks == (0, 0)
 
 
 def test_many_equal_groups_are_solved_closely():

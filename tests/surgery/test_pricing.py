@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import compresskit
-from compresskit import SVD, Kronecker
+from compresskit import MACHINE, SVD, Gemm, Kronecker
 from compresskit.errors import BudgetError, WeightError
 from compresskit.surgery import pricing
 from compresskit.surgery.sites import find_sites
@@ -116,6 +116,113 @@ class TestBudget:
             compresskit.plan(model, SVD(rank=4), include="encoder.*", max_macs=macs - 1)
 
 
+def wide_model():
+    """Layers so large that their time is that of their products."""
+    return nn.Sequential(nn.Linear(512, 1024), nn.Linear(1024, 512), nn.Linear(512, 512))
+
+
+def highest_speed(model, method, **more):
+    """The highest speed-up that the error message names."""
+    with pytest.raises(BudgetError) as caught:
+        compresskit.plan(model, method, speed=1e6, **more)
+    found = re.search(
+        r"^speed 1e\+06 .* the highest expected speed-up that these rules reach is ([\d.e+]+)$", str(caught.value)
+    )
+    return float(found[1])
+
+
+class TestSpeed:
+    @pytest.mark.parametrize("method", ["kronecker", "svd"])
+    def test_a_bound_is_kept_at_a_price(self, method):
+        model = wide_model()
+        free = compresskit.plan(model, method, ratio=3)
+        fast = compresskit.plan(model, method, ratio=3, speed=1.2 * free.speedup)
+        assert fast.speedup >= 1.2 * free.speedup
+        assert fast.ratio >= 3
+        assert weighted_loss(fast) > weighted_loss(free) * (1 - free.gap)
+
+    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("uniform", [False, True])
+    def test_the_highest_speed_that_an_error_names_is_reached(self, method, uniform):
+        model = wide_model()
+        highest = highest_speed(model, method, ratio=4, uniform=uniform)
+        planned = compresskit.plan(model, method, ratio=4, speed=highest, uniform=uniform)
+        assert planned.speedup >= highest
+        assert planned.ratio >= 4
+        with pytest.raises(BudgetError, match="highest expected speed-up"):
+            compresskit.plan(model, method, ratio=4, speed=1.01 * highest, uniform=uniform)
+
+    def test_the_speed_can_be_the_only_bound(self):
+        planned = compresskit.plan(wide_model(), "svd", speed=4)
+        assert 4 <= planned.speedup < 4.2
+        assert 3 < planned.ratio < 6
+        assert compresskit.plan(wide_model(), "svd", max_macs=planned.macs).macs <= planned.macs
+
+    def test_both_bounds_at_once(self):
+        model = wide_model()
+        free = compresskit.plan(model, "kronecker", ratio=3)
+        macs, speed = int(0.9 * free.macs), 1.1 * free.speedup
+        planned = compresskit.plan(model, "kronecker", ratio=3, max_macs=macs, speed=speed)
+        assert planned.macs <= macs
+        assert planned.speedup >= speed
+
+    def test_layers_that_stay_dense_count(self):
+        """Only the first layer is worth keeping, but the bound is on all of them."""
+        model = wide_model()
+        with torch.no_grad():
+            model[1].weight.copy_(torch.outer(torch.ones(512), torch.ones(1024)))
+        planned = compresskit.plan(model, "svd", ratio=1.5, speed=2)
+        dense = sum(site.num_params for site in find_sites(model).sites)
+        replaced = sum(p.site.num_params for p in planned.sites)
+        assert planned.speedup >= 2
+        assert planned.speedup >= 1 / (1 - 0.5 * dense / replaced) or replaced == dense
+
+    def test_fixed_options_must_keep_the_bound_too(self):
+        model = wide_model()
+        planned = compresskit.plan(model, SVD(rank=16))
+        assert compresskit.plan(model, SVD(rank=16), speed=planned.speedup * 0.999).sites == planned.sites
+        with pytest.raises(BudgetError, match=r"speed 1000 cannot be reached .* reach is \d+\.\d+"):
+            compresskit.plan(model, SVD(rank=16), speed=1000)
+
+    @pytest.mark.parametrize("speed", [0.5, 0, -1, float("nan"), float("inf")])
+    def test_speeds_that_make_no_sense(self, speed):
+        with pytest.raises(BudgetError, match=f"at least 1; got {speed:g}"):
+            compresskit.plan(wide_model(), "svd", ratio=2, speed=speed)
+
+    def test_nothing_slower_than_dense_is_chosen_though_it_has_fewer_multiply_adds(self):
+        """A small factor on the right is transposed twice: with 2 x 1 that takes longer than it saves."""
+        slow = Kronecker(right=(1, 2))
+        model = nn.Sequential(nn.Linear(64, 4096), nn.Linear(64, 4096))
+        structure = next(iter(slow.menu(4096, 64)))
+        assert structure.macs < 64 * 4096
+        with pytest.raises(
+            BudgetError, match=r"every site would stay dense: for '0' and others, every structure .*allow_slower"
+        ):
+            compresskit.plan(model, slow)
+        allowed = compresskit.plan(model, slow, allow_slower=True)
+        assert [p.slower for p in allowed.sites] == [True, True]
+        assert allowed.speedup < 1
+
+    def test_what_stays_dense_for_its_speed_says_so(self):
+        model = nn.Sequential(nn.Linear(64, 4096), nn.Linear(4096, 64))
+        planned = compresskit.plan(model, "svd", ratio=1.5, rules={"0": Kronecker(right=(1, 2))})
+        assert "expected to run slower than dense" in planned.left[0].reason
+        assert not any(p.slower for p in planned.sites)
+
+    def test_tiny_layers_are_not_refused_for_the_overhead_of_calls(self):
+        planned = compresskit.plan(build("bert"), "kronecker", ratio=4)
+        assert planned.speedup < 1
+        assert not any(p.slower for p in planned.sites)
+
+    def test_expected_times_are_those_of_the_committed_machine(self):
+        planned = compresskit.plan(nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 512)), SVD(rank=8)).sites[0]
+        times = [
+            round(1e9 * MACHINE.time_s(steps)) for steps in ([Gemm(128, 512, 512)], planned.structure.operations(128))
+        ]
+        assert [planned.dense_time_ns, planned.time_ns] == times
+        assert planned.speedup == times[0] / times[1] > 1
+
+
 class TestPricing:
     @pytest.mark.parametrize("method", METHODS)
     def test_numbers_of_a_plan_are_those_of_the_compressed_model(self, method):
@@ -126,6 +233,7 @@ class TestPricing:
         assert (report.params_after, report.ratio) == (planned.params_after, planned.ratio)
         assert sum(s.macs_after for s in report.sites) == planned.macs
         assert sum(s.macs_before for s in report.sites) == planned.dense_macs
+        assert report.expected_speedup == planned.speedup
         for site in report.sites:
             assert site.relative_error <= site.expected_error * (1 + 1e-4) + 1e-6
 
