@@ -60,8 +60,10 @@ def plain_matrix(factor: Factor) -> Tensor | None:
         bare = type(factor) is nn.Linear and not (factor._forward_hooks or factor._forward_pre_hooks)
         if not bare or "forward" in vars(factor):
             return None
-        factor = factor.weight
-    return factor if type(factor) in (Tensor, nn.Parameter) else None
+        matrix: Tensor = tensor_of(factor)
+    else:
+        matrix = factor
+    return matrix if type(matrix) in (Tensor, nn.Parameter) else None
 
 
 def linear(x: Tensor, factor: Factor, bias: Tensor | None = None) -> Tensor:

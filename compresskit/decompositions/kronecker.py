@@ -117,13 +117,15 @@ class KroneckerSum(Structure):
 
     @cached_property
     def _form(self) -> KronForm:
-        return KronForm(*self.small, *self.wide, self.terms, wide_first=self.wide_first, small_left=self.small_left)
+        (p, q), (r, s) = self.small, self.wide
+        return KronForm(p, q, r, s, self.terms, self.wide_first, self.small_left, self.rows)
 
     def matmul(self, x: Tensor, factors: Mapping[str, Factor], bias: Tensor | None = None) -> Tensor:
         small, wide = plain_matrix(factors["small"]), plain_matrix(factors["wide"])
-        if small is None or wide is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        if small is None or wide is None or x.is_meta or traced:
             return self._composed(x, factors, bias)
-        return kron_linear(x, small, wide, bias, self._form, rows=self.rows)
+        return kron_linear(x, small, wide, bias, self._form)
 
     def _composed(self, x: Tensor, factors: Mapping[str, Factor], bias: Tensor | None) -> Tensor:
         """The product for a compiler to fuse, or with a wide factor that has to be called."""

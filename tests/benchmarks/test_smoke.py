@@ -103,7 +103,7 @@ def check_report(text, results):
     [
         (("run", "smok"), "no suite 'smok'; did you mean 'smoke'"),
         (("report", "minilmm"), "did you mean 'minilm'"),
-        (("run", "qqqqqq"), "Known: compress, minilm, smoke"),
+        (("run", "qqqqqq"), "Known: compress, layers, minilm, smoke"),
         (("run", "smoke", "--data", SUITES), "the folder of --data has no glue/STS-B/dev.tsv"),
     ],
 )
@@ -229,7 +229,7 @@ def test_a_missing_real_model_is_skipped_with_the_remedy(monkeypatch):
 
 
 def test_kinds_are_found_by_the_walk():
-    assert set(kinds()) == {"command", "fit-speed", "quality", "scaling"}
+    assert set(kinds()) == {"command", "fit-speed", "layers", "quality", "scaling"}
     assert all(issubclass(cls, Experiment) for cls in kinds().values())
 
 
