@@ -75,14 +75,18 @@ class Layers(Experiment):
             with torch.inference_mode():
                 x = self._input(dense, count)
                 tasks = {name: _timed(call, x) for name, call in run.items()}
-                times = interleave({**tasks, "floor": _timed(_touch(dense.out_features), x)}, self.repeats)
+                times = interleave(
+                    {**tasks, "floor": _timed(_touch(dense.out_features), x)}, self.repeats, collect=False
+                )
             floors[str(count)] = median_ratio(times["dense"], times["floor"])
             for name in layers:
                 figures[name]["forward"][str(count)] = median_ratio(times["dense"], times[name])
         for count in self.step_tokens:
             x = self._input(dense, count).requires_grad_()
             upstream = torch.randn(count, dense.out_features).to(dense.weight.dtype)
-            times = interleave({n: _timed(_step(call, upstream), x) for n, call in run.items()}, self.repeats)
+            times = interleave(
+                {n: _timed(_step(call, upstream), x) for n, call in run.items()}, self.repeats, collect=False
+            )
             for name in layers:
                 figures[name]["step"][str(count)] = median_ratio(times["dense"], times[name])
         return Outcome({"structures": figures, "floor": floors}, skipped)
