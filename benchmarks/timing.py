@@ -20,12 +20,19 @@ def time_call(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def interleave(tasks: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Figures of each task, which returns one per call; the tasks take turns, so that a slow spell hits all of them."""
+def interleave(
+    tasks: Mapping[str, Callable[[], float]], repeats: int, *, collect: bool = True
+) -> dict[str, list[float]]:
+    """Figures of each task, which returns one per call; the tasks take turns, so that a slow spell hits all of them.
+
+    Args:
+        collect: garbage before each call, which takes tenths of a second: for tasks that build models.
+    """
     figures: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in range(repeats):
         for name, task in tasks.items():
-            gc.collect()  # models are cyclic: what one task leaves is neither the next one's time nor its memory
+            if collect:  # models are cyclic: what one task leaves is neither the next one's time nor its memory
+                gc.collect()
             figures[name].append(task())
     return figures
 

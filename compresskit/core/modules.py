@@ -97,7 +97,9 @@ class FactorizedLinear(FactorizedModule):
         self.in_features, self.out_features = structure.cols, structure.rows  # callers assign them, as nn.Linear
         if bias is not None and bias.shape != (structure.rows,):
             raise StructureError(f"the bias of {structure.rows} outputs has shape {tuple(bias.shape)}")
-        for name, spec in _check(structure, factors).items():
+        specs = _check(structure, factors)
+        self._factor_names = tuple(specs)
+        for name, spec in specs.items():
             parameter = _as_parameter(factors[name])
             if spec.matrix:
                 child = nn.Linear(spec.shape[1], spec.shape[0], bias=False, device="meta")
@@ -121,12 +123,13 @@ class FactorizedLinear(FactorizedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
-        if x.shape[-1] != self.structure.cols:
+        structure = self.structure
+        if x.shape[-1:] != (structure.cols,):
             raise StructureError(
-                f"this layer takes (..., {self.structure.cols}) and got {tuple(x.shape)}: the last sizes must agree"
+                f"this layer takes (..., {structure.cols}) and got {tuple(x.shape)}: the last sizes must agree"
             )
-        factors: dict[str, Factor] = {name: getattr(self, name) for name in self.structure.factor_specs()}
-        return self.structure.matmul(x, factors, self.bias)
+        factors: dict[str, Factor] = {name: getattr(self, name) for name in self._factor_names}
+        return structure.matmul(x, factors, self.bias)
 
 
 @final

@@ -51,17 +51,28 @@ def tensor_of(factor: Factor) -> Tensor:
     return factor if isinstance(factor, Tensor) else factor.weight  # type: ignore[return-value]
 
 
-def linear(x: Tensor, factor: Factor, bias: Tensor | None = None) -> Tensor:
-    """`x @ factor.T + bias`, x (..., in), factor (out, in).
+def plain_matrix(factor: Factor) -> Tensor | None:
+    """The tensor of a factor that does no more than multiply by it; None for one that has to be called.
 
-    A child module that is more than a bare `nn.Linear` (a LoRA layer, hooks) is called, not bypassed.
+    A child module that is more than a bare `nn.Linear` (a LoRA layer, hooks, a quantized weight) is called, not
+    bypassed; accelerate puts a forward on the instance, which fetches offloaded weights.
     """
-    if isinstance(factor, Tensor):
-        return F.linear(x, factor, bias)
-    if type(factor) is nn.Linear and not (
-        factor._forward_hooks or factor._forward_pre_hooks or "forward" in vars(factor)
-    ):  # accelerate puts a forward on the instance, which fetches offloaded weights
-        return F.linear(x, factor.weight, bias)
+    if isinstance(factor, nn.Module):
+        bare = type(factor) is nn.Linear and not (factor._forward_hooks or factor._forward_pre_hooks)
+        if not bare or "forward" in vars(factor):
+            return None
+        matrix: Tensor = tensor_of(factor)
+    else:
+        matrix = factor
+    return matrix if type(matrix) in (Tensor, nn.Parameter) else None
+
+
+def linear(x: Tensor, factor: Factor, bias: Tensor | None = None) -> Tensor:
+    """`x @ factor.T + bias`, x (..., in), factor (out, in), whatever kind of factor it is."""
+    weight = factor if isinstance(factor, Tensor) else plain_matrix(factor)
+    if weight is not None:
+        return F.linear(x, weight, bias)
+    assert isinstance(factor, nn.Module)
     y: Tensor = factor(x)
     return y if bias is None else y + bias.to(y.dtype)  # under autocast y is narrower
 

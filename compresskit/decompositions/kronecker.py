@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal, NamedTuple, final
 
 import torch
@@ -19,8 +20,9 @@ from torch.nn import functional as F
 
 from compresskit.core.cost import Gemm, Operation, Pass
 from compresskit.core.decomposition import Analysis, Decomposition, squared_norm
+from compresskit.core.kron import KronForm, kron_linear
 from compresskit.core.registry import register
-from compresskit.core.structure import Factor, Structure, TensorSpec, linear, tensor_of
+from compresskit.core.structure import Factor, Structure, TensorSpec, linear, plain_matrix, tensor_of
 from compresskit.errors import OptionError, StructureError
 
 MAX_SMALL_SIDE = 48
@@ -64,7 +66,7 @@ class KroneckerSum(Structure):
         if self.terms > min(p * q, r * s):
             raise StructureError(f"{self.terms} terms: {min(p * q, r * s)} already make any weight of this shape")
 
-    @property
+    @cached_property
     def small_left(self) -> bool:
         return math.prod(self.left) <= math.prod(self.right)
 
@@ -81,7 +83,7 @@ class KroneckerSum(Structure):
         (p, q), (r, s) = self.small, self.wide
         return self.terms * q * r * (s + p), self.terms * p * s * (q + r)
 
-    @property
+    @cached_property
     def wide_first(self) -> bool:
         wide_first, mix_first = self._order_macs
         return wide_first <= mix_first
@@ -131,18 +133,31 @@ class KroneckerSum(Structure):
         product = torch.einsum("kpq,krs->prqs", left, right)
         return product.reshape(-1, self.cols)[: self.rows]
 
+    @cached_property
+    def _form(self) -> KronForm:
+        (p, q), (r, s) = self.small, self.wide
+        return KronForm(p, q, r, s, self.terms, self.wide_first, self.small_left, self.rows)
+
     def matmul(self, x: Tensor, factors: Mapping[str, Factor], bias: Tensor | None = None) -> Tensor:
+        small, wide = plain_matrix(factors["small"]), plain_matrix(factors["wide"])
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        if small is None or wide is None or x.is_meta or traced:
+            return self._composed(x, factors, bias)
+        return kron_linear(x, small, wide, bias, self._form)
+
+    def _composed(self, x: Tensor, factors: Mapping[str, Factor], bias: Tensor | None) -> Tensor:
+        """The product for a compiler to fuse, or with a wide factor that has to be called."""
         (_, q), (_, s) = self.small, self.wide
         if self.small_left:
-            y = self._matmul_small_left(x.unflatten(-1, (q, s)), factors).flatten(-2)
+            y = self._compose_small_left(x.unflatten(-1, (q, s)), factors).flatten(-2)
         else:  # the same product, with both sides of the grid swapped
-            grid = x.unflatten(-1, (s, q)).transpose(-1, -2)
-            y = self._matmul_small_left(grid, factors).transpose(-1, -2).flatten(-2)
+            grid = x.unflatten(-1, (s, q)).transpose(-1, -2).contiguous()
+            y = self._compose_small_left(grid, factors).transpose(-1, -2).flatten(-2)
         if y.shape[-1] != self.rows:
             y = y[..., : self.rows]
         return y if bias is None else y + bias.to(y.dtype)  # under autocast y is narrower
 
-    def _matmul_small_left(self, grid: Tensor, factors: Mapping[str, Factor]) -> Tensor:
+    def _compose_small_left(self, grid: Tensor, factors: Mapping[str, Factor]) -> Tensor:
         p, r, k = self.small[0], self.wide[0], self.terms
         small = tensor_of(factors["small"])
         if self.wide_first:
