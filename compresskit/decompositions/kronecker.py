@@ -167,22 +167,37 @@ class KroneckerSum(Structure):
         return linear(z.unflatten(-2, (p, k)).flatten(-2), factors["wide"])  # (..., p, r)
 
     def take_rows(self, index: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
-        (p, q), (r, s), k = self.small, self.wide, self.terms
-        if self.small_left:
-            small_index, wide_index = index // r, index % r
-        else:
-            small_index, wide_index = index % p, index // p
+        """O(cols * terms) per row: one row of each factor is read, never a factor.
+
+        Measured (30522 x 768, one term with p = 1, against the dense lookup): 0.5 to 1 x its time at 4096 tokens;
+        at 1 and 128 tokens the five small operations instead of one cost 3 x.
+        """
+        (p, q), k = self.small, self.terms
+        small_index, wide_index = self._factor_rows(index)
+        table = factors["small"].view(p, -1)
+        row = table[0] if p == 1 else F.embedding(small_index, table)
+        small = row.unflatten(-1, (q, k)) if self.wide_first else row.unflatten(-1, (k, q)).mT  # (..., q, terms)
+        wide = self._wide_rows(wide_index, factors["wide"])  # (..., terms, s)
+        before, after = (small, wide) if self.small_left else (wide.mT, small.mT)
+        grid: Tensor = before * after if k == 1 else torch.matmul(before, after)  # (..., q, s) or (..., s, q)
+        return grid.flatten(-2)
+
+    def _factor_rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of the small and of the wide factor that make up rows of W."""
+        p, r = self.small[0], self.wide[0]
+        if p == 1:
+            return index, index  # there is one small row
+        small, wide = (index // r, index % r) if self.small_left else (index % p, index // p)
         if p * r != self.rows:  # a padded row does not exist either: let the lookup refuse it
-            small_index = small_index.masked_fill(index >= self.rows, p)
-        if self.wide_first:
-            small = F.embedding(small_index, factors["small"]).unflatten(-1, (q, k))  # (..., q, terms)
-            wide = F.embedding(wide_index, factors["wide"].view(k, r, s).transpose(0, 1).reshape(r, k * s))
-        else:
-            small = F.embedding(small_index, factors["small"].view(p, k * q)).unflatten(-1, (k, q)).mT
-            wide = F.embedding(wide_index, factors["wide"])
-        wide = wide.unflatten(-1, (k, s))  # (..., terms, s)
-        row = small * wide if k == 1 else torch.matmul(small, wide)  # (..., q, s)
-        return (row if self.small_left else row.mT).flatten(-2)
+            small = small.masked_fill(index >= self.rows, p)
+        return small, wide
+
+    def _wide_rows(self, index: Tensor, wide: Tensor) -> Tensor:
+        """One row of each term: (...) -> (..., terms, s)."""
+        (r, s), k = self.wide, self.terms
+        if self.wide_first and k > 1:
+            return torch.stack([F.embedding(index, term) for term in wide.view(k, r, s)], -2)
+        return F.embedding(index, wide).unflatten(-1, (k, s))
 
 
 def _covers(p: int, r: int, rows: int) -> bool:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from compresskit.core.cost import Gemm, Operation, Pass
 from compresskit.core.decomposition import Analysis, Decomposition
 from compresskit.core.folding import Unfolding, balanced_factors, rank_triples
+from compresskit.core.mixing import mix
 from compresskit.core.registry import register
 from compresskit.core.structure import Factor, Structure, TensorSpec, linear, tensor_of
 from compresskit.errors import OptionError, StructureError
@@ -76,8 +77,7 @@ class TrainCores(Structure):
         if "first" not in factors:
             return linear(z, factors["left"], bias)
         grid = linear(z, factors["left"]).unflatten(-1, (self.ranks[0], self.row_modes[1]))
-        y = torch.matmul(tensor_of(factors["first"]), grid).flatten(-2)  # (..., r1 * r2)
-        return y if bias is None else y + bias.to(y.dtype)  # under autocast y is narrower
+        return mix(tensor_of(factors["first"]), grid, bias)  # (..., r1 * r2)
 
     def take_rows(self, index: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
         left, s1, r2 = factors["left"], self.ranks[0], self.row_modes[1]

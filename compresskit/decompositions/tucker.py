@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from compresskit.core.cost import Gemm, Operation, Pass
 from compresskit.core.decomposition import Analysis, Decomposition
 from compresskit.core.folding import Unfolding, balanced_factors, rank_triples
+from compresskit.core.mixing import mix
 from compresskit.core.registry import register
 from compresskit.core.structure import Factor, Structure, TensorSpec, linear, tensor_of
 from compresskit.errors import OptionError, StructureError
@@ -174,15 +175,14 @@ def _mix(
         return linear(x, last, bias)
     if ins == outs and bias is None:
         return x
-    grid = x.unflatten(-1, ins)
+    grid: Tensor = x.unflatten(-1, ins)
     last_before, last_after = _orders(ins, outs)
-    if last is not None and last_before <= last_after:
-        grid = linear(grid, last)
+    if first is not None and (last is None or last_before <= last_after):
+        grid = grid if last is None else linear(grid, last)
+        return mix(tensor_of(first), grid, bias)
     if first is not None:
-        grid = torch.matmul(tensor_of(first), grid)
-    if last is not None and last_before > last_after:
-        grid = linear(grid, last)
-    y: Tensor = grid.flatten(-2)
+        grid = mix(tensor_of(first), grid).unflatten(-1, (outs[0], ins[1]))
+    y = (grid if last is None else linear(grid, last)).flatten(-2)
     return y if bias is None else y + bias.to(y.dtype)  # under autocast y is narrower
 
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from compresskit.core.decomposition import Decomposition
-from compresskit.testing import fits, modules, structures
+from compresskit.testing import fits, inputs, modules, structures
 from compresskit.testing.cases import Check
 
 __all__ = ["CHECKS", "check_decomposition"]
@@ -32,6 +32,10 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         "operations": structures.operations,
         "lookup-macs": structures.lookup_macs,
         "gradients": structures.gradients,
+        "backward": inputs.backward,
+        "twice": inputs.twice,
+        "half": inputs.half,
+        "own-rows": inputs.own_rows,
         "factors": fits.factors,
         "price": fits.price,
         "error": fits.error,
@@ -46,6 +50,7 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         "zero": fits.zero,
         "dtypes": fits.dtypes,
         "bad-weights": fits.bad_weights,
+        "wrong-shapes": inputs.wrong_shapes,
         "size": modules.size,
         "like-linear": modules.like_linear,
         "like-conv1d": modules.like_conv1d,

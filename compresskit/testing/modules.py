@@ -10,7 +10,8 @@ from compresskit.core.modules import FactorizedEmbedding, FactorizedLinear
 from compresskit.testing.cases import Case, each_structure, expect, expect_close, normal, num_params
 
 
-def _linear(case: Case, *, seed: int = 1, dtype: torch.dtype = torch.float64) -> FactorizedLinear:
+def linear_module(case: Case, *, seed: int = 1, dtype: torch.dtype = torch.float64) -> FactorizedLinear:
+    """A linear layer of this structure with seeded factors and bias."""
     bias = normal(case.structure.rows, seed=9 + seed, dtype=dtype)
     return FactorizedLinear(case.structure, case.factors(dtype, seed=seed), bias)
 
@@ -29,7 +30,7 @@ def _module_for(case: Case, *, lookup: bool) -> tuple[FactorizedLinear | Factori
     """The module that serves this menu, with an input of (2, 3) tokens."""
     if lookup:
         return _embedding(case), torch.arange(6).view(2, 3) % case.structure.rows
-    return _linear(case), normal(2, 3, case.structure.cols)
+    return linear_module(case), normal(2, 3, case.structure.cols)
 
 
 @each_structure()
@@ -106,7 +107,7 @@ def _check_replacement(module: nn.Module, like: nn.Module, x: Tensor) -> None:
 @each_structure(count=2)
 def state_dict(case: Case) -> None:
     """A state dict loads strictly into another module of the structure and gives the same output bit by bit."""
-    for (module, x), other in zip(_modules(case), (_linear(case, seed=5), _embedding(case, seed=5)), strict=True):
+    for (module, x), other in zip(_modules(case), (linear_module(case, seed=5), _embedding(case, seed=5)), strict=True):
         expect("weight" not in module.state_dict(), "the state dict holds the dense weight")
         expect(not torch.equal(module(x), other(x)), "two modules with other factors give one output")
         other.load_state_dict(module.state_dict())
@@ -126,9 +127,9 @@ def deepcopy(case: Case) -> None:
 
 @each_structure(count=2)
 def autocast(case: Case) -> None:
-    """Under autocast a linear layer computes in bfloat16 as nn.Linear does; an embedding keeps its dtype."""
+    """Under autocast a linear layer computes in bfloat16 as nn.Linear does, its backward pass too."""
     x = normal(2, 3, case.structure.cols, dtype=torch.float32)
-    linear, embedding = _linear(case, dtype=torch.float32), _embedding(case, dtype=torch.float32)
+    linear, embedding = linear_module(case, dtype=torch.float32), _embedding(case, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         y, row = linear(x), embedding(torch.tensor([0]))
     expect(y.dtype == torch.bfloat16, f"the linear layer returns {y.dtype} under bfloat16 autocast")
@@ -136,6 +137,12 @@ def autocast(case: Case) -> None:
     wide = linear(x).detach()
     tolerance = 0.1 * float(wide.abs().max())
     expect_close(y.detach().float(), wide, "autocast computes something else", rtol=0, atol=tolerance)
+    gradient = normal(*y.shape, dtype=torch.float32)
+    found = torch.autograd.grad(y, list(linear.parameters()), gradient.to(y.dtype))
+    wanted = torch.autograd.grad(linear(x), list(linear.parameters()), gradient)
+    for ours, exact in zip(found, wanted, strict=True):
+        tolerance = 0.1 * float(exact.abs().max())
+        expect_close(ours, exact, "autocast computes other gradients", rtol=0, atol=tolerance)
 
 
 @each_structure(shapes=((32, 12),), count=2)

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import tensorly
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from compresskit.core import registry
 from compresskit.core.cost import Pass, dense_operations
 from compresskit.core.decomposition import Decomposition, Fitted
+from compresskit.core.structure import linear
 from compresskit.decompositions.svd import LowRank
 from compresskit.errors import BudgetError
 from compresskit.testing import CHECKS, check_decomposition
@@ -111,6 +113,77 @@ steep = {"matmul": lambda self, x, f, bias=None: steeper(Toy.matmul(self, x, f, 
 broken("gradients", "gradient of matmul differs", structure=steep)
 steep = {"take_rows": lambda self, index, factors: steeper(Toy.take_rows(self, index, factors))}
 broken("gradients", "gradient of take_rows differs", structure=steep)
+
+
+# -- unusual input -----------------------------------------------------------------------------------------------------
+class Careless(torch.autograd.Function):
+    """The last product, whose backward pass forgets what it does not expect: dtypes, strides, a second time."""
+
+    @staticmethod
+    def forward(ctx, x, weight, forget):
+        ctx.tensors, ctx.forget = (x.detach(), weight.detach()), forget
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.tensors
+        if ctx.forget == "strides":
+            grad = grad.as_strided(grad.shape, torch.empty(grad.shape).stride())
+        if ctx.forget == "tensors":
+            del ctx.tensors
+        return grad @ weight, grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1]), None
+
+
+class Once(Careless):
+    """PyTorch's own guard raises only where the incoming gradient requires one: silently wrong for a linear loss."""
+
+    backward = staticmethod(once_differentiable(Careless.backward))
+
+
+class Refusing(Careless):
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            raise RuntimeError("this product cannot be differentiated twice")
+        return Careless.backward(ctx, grad)
+
+
+def careless(forget, function=Careless):
+    def matmul(self, x, factors, bias=None):
+        y = function.apply(linear(x, factors["right"]), factors["left"], forget)
+        return y if bias is None else y + bias.to(y.dtype)
+
+    return {"matmul": matmul}
+
+
+broken("backward", "transposed tokens: the gradient of 'x' differs", structure=careless("strides"))
+constant_bias = {
+    "matmul": lambda self, x, f, bias=None: Toy.matmul(self, x, f, bias if bias is None else bias.detach())
+}
+broken("backward", "a plain input|appears to not have been used", structure=constant_bias)
+broken("twice", "the second derivative by .* differs", structure=careless(""))
+broken("twice", "the second derivative by .* differs", structure=careless("", Once))
+broken("twice", "AttributeError: .*tensors", structure=careless("tensors"))
+broken(
+    "half",
+    "matmul of torch.float16 returns torch.float32",
+    structure={"matmul": lambda self, x, f, bias=None: Toy.matmul(self, x, f, bias).float()},
+)
+
+
+def rounded(self, x, factors, bias=None):
+    return Toy.matmul(self, x.to(torch.float8_e4m3fn).to(x.dtype), factors, bias)
+
+
+broken("half", "matmul of torch.float16 differs from float64", structure={"matmul": rounded})
+first_row = {"take_rows": lambda self, index, factors: factors["right"].view(-1)[: self.cols].expand(*index.shape, -1)}
+broken("own-rows", "RuntimeError: unsupported operation", structure=first_row)
+own = {"take_rows": lambda self, index, f: Toy.take_rows(self, index, f) if index.dim() else f["right"][0]}
+broken("own-rows", "writing to looked-up rows changes 'right'", structure=own)
+sliced = {"matmul": lambda self, x, factors, bias=None: Toy.matmul(self, x[..., : self.cols], factors, bias)}
+broken("wrong-shapes", r"x of shape \(25,\) for a weight with 24 columns raised no Exception", structure=sliced)
+refilled = {"matmul": lambda self, x, factors, bias=None: Toy.matmul(self, x.reshape(-1, self.cols), factors, bias)}
+broken("wrong-shapes", r"x of shape \(3, 48\) .* raised no Exception", structure=refilled)
 
 
 # -- the fit ----------------------------------------------------------------------------------------------------------
@@ -253,6 +326,7 @@ broken("state-dict", "differs after a state dict round trip", structure=unsteady
 broken("deepcopy", "a deep copy of FactorizedLinear computes something else", structure=unsteady)
 widened = {"matmul": lambda self, x, f, bias=None: Toy.matmul(self, x, f, bias).float()}
 broken("autocast", "returns torch.float32 under bfloat16 autocast", structure=widened)
+broken("autocast", "RuntimeError: .* same dtype", structure=careless("dtypes"))
 
 
 def depends_on_data(self, x, factors, bias=None):
@@ -290,6 +364,11 @@ def test_a_broken_one_is_caught(check, decomposition, match):
     registry._structures["toy"] = decomposition.structures[0]
     with pytest.raises(AssertionError, match=match):
         CHECKS[check](decomposition())
+
+
+def test_refusing_second_derivatives_is_allowed():
+    cls = dataclass(frozen=True)(type("RefusingToy", (Toy,), careless("", Refusing)))
+    CHECKS["twice"](type("Refusing", (ToyDecomposition,), {"structures": (cls,)})())
 
 
 def test_every_check_has_something_to_catch():
