@@ -20,6 +20,8 @@ else:
     import tomli as tomllib
 
 SUITES = Path(__file__).parent / "suites"
+UNNAMED = str.maketrans("=,", "--")
+"""Characters of options that stand for dashes in names of files."""
 
 
 @final
@@ -76,4 +78,7 @@ def _expand(table: Mapping[str, Any], where: str) -> Iterator[tuple[str, dict[st
         raise SuiteError(f"{where}, experiment {name!r}: each option in `each` has a list of values, got {each!r}")
     options = {key: value for key, value in table.items() if key not in ("name", "each")}
     for combination in itertools.product(*each.values()):
-        yield "-".join([name, *map(str, combination)]), {**options, **dict(zip(each, combination, strict=True))}
+        yield (
+            "-".join([name, *(str(value).translate(UNNAMED) for value in combination)]),
+            {**options, **dict(zip(each, combination, strict=True))},
+        )

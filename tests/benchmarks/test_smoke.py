@@ -94,6 +94,8 @@ def check_report(text, results):
     assert f"{results['command']['figures']['memory_ratio']:.2f}" in text
     assert "| 2 / 1 |" in text
     assert f"| {results['model-speed']['figures']['batch_1']['won']:.0%} |" in text
+    assert f"({results['peers']['figures']['tokens_4']['dense_ratio']:.2f}) |" in text
+    assert f"| {results['roofline']['figures']['tokens_4']['dense_ratio']:.2f} (" in text
     assert f"| {results['cost-model']['figures']['layers']['number']} |" in text
     assert results["command"]["hardware"]["cpu"] in text
     assert "Skipped: sts_b: no folder was given with --data." in text
