@@ -181,7 +181,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         return Evaluated(returned["loss"], found["loss"].terms), found["outputs"]
 
     def _batch(self, inputs: dict[str, Any]) -> Batch:
-        return make_batch(inputs, causal=self._student.causal)
+        return make_batch(inputs, causal=self._student.causal, shifted=self._student.task == "causal-lm")
 
     def _check_graph(self, recorder: Recorder) -> None:
         """Reentrant gradient checkpointing computes what is inside a layer without a graph: no gradient would flow."""
