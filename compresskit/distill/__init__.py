@@ -22,6 +22,7 @@ from compresskit.distill.objective import (
 
 if TYPE_CHECKING:
     from compresskit.distill.progress import JsonLinesLog
+    from compresskit.distill.stages import Stage, carry_over, run_stages
     from compresskit.distill.trainer import DistillationTrainer, last_checkpoint
 
 __all__ = [
@@ -31,7 +32,9 @@ __all__ = [
     "LayerLoss",
     "Loss",
     "Objective",
+    "Stage",
     "TeacherCache",
+    "carry_over",
     "last_checkpoint",
     "losses",
     "make_loss",
@@ -39,9 +42,14 @@ __all__ = [
     "objective_from_json",
     "objective_from_toml",
     "register",
+    "run_stages",
 ]
 
-_LATE = {"DistillationTrainer": "trainer", "last_checkpoint": "trainer", "JsonLinesLog": "progress"}
+_LATE = {
+    **dict.fromkeys(("DistillationTrainer", "last_checkpoint"), "trainer"),
+    **dict.fromkeys(("Stage", "carry_over", "run_stages"), "stages"),
+    "JsonLinesLog": "progress",
+}
 """Names whose import takes transformers' Trainer along, which costs seconds."""
 
 

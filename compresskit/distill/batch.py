@@ -29,13 +29,15 @@ class Batch:
         inputs: everything but the labels, by argument name of the model.
         labels: by argument name.
         mask: (batch, time) bool; padding is false.
-        causal: whether a token sees only those before it, and logits at one place are about the next.
+        causal: whether a token sees only those before it.
+        shifted: whether logits at one place are about the next, as in a causal language model.
     """
 
     inputs: Mapping[str, Tensor]
     labels: Mapping[str, Tensor]
     mask: Tensor
     causal: bool
+    shifted: bool
 
     @property
     def pairs(self) -> Tensor:
@@ -59,13 +61,13 @@ class Batch:
         return self.labels[name]
 
     def token_labels(self) -> Tensor:
-        """(batch, time): the label of the logits at each place; in a causal model the label of the place after it."""
+        """(batch, time): the label of the logits at each place; where they are shifted, that of the next place."""
         labels = self.label()
         if labels.shape != self.mask.shape:
             raise DistillError(
                 f"labels of tokens have the shape of the input, {tuple(self.mask.shape)}; got {tuple(labels.shape)}"
             )
-        if self.causal:
+        if self.shifted:
             labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
         return labels.masked_fill(~self.mask, IGNORED)
 
@@ -81,7 +83,7 @@ class Batch:
         return counts.float()
 
 
-def make_batch(inputs: Mapping[str, Any], *, causal: bool) -> Batch:
+def make_batch(inputs: Mapping[str, Any], *, causal: bool, shifted: bool = False) -> Batch:
     """Split what a collator made.
 
     Raises:
@@ -97,4 +99,4 @@ def make_batch(inputs: Mapping[str, Any], *, causal: bool) -> Batch:
         raise DistillError(f"the attention mask is (batch, time) = {tuple(main.shape[:2])}, got {tuple(mask.shape)}")
     rest = {name: value for name, value in inputs.items() if name not in LABELS}
     labels = {name: inputs[name] for name in LABELS if inputs.get(name) is not None}
-    return Batch(rest, labels, mask.bool(), causal)
+    return Batch(rest, labels, mask.bool(), causal, shifted)

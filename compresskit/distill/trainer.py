@@ -76,16 +76,21 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
+        self._set_up(teachers, cache)
+
+    def _set_up(self, teachers: Anatomy, cache: TeacherCache | None) -> None:
+        """What needs Trainer's own set-up: its device and its precision."""
+        student = self._student.model
         self.model_accepts_loss_kwargs = True  # with the next line: our loss is divided already, see `compute_loss`
         self.loss_is_scaled_for_ga = True
         self._accepted = frozenset(inspect.signature(student.forward).parameters)
         self._needs = self._objective.student_features()
-        self._projections = Projections(student, self._objective.make_projections().to(args.device))
+        self._projections = Projections(student, self._objective.make_projections().to(self.args.device))
         self.teacher = Teacher(
             teachers, self._objective.teacher_features(), cache=cache, precision=self.accelerator.autocast
         )
         if self.place_model_on_device:
-            teacher.to(args.device)
+            teachers.model.to(self.args.device)
         self._meter = Meter()
         self.add_callback(_StepEnd(self._meter))
 
@@ -176,7 +181,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         return Evaluated(returned["loss"], found["loss"].terms), found["outputs"]
 
     def _batch(self, inputs: dict[str, Any]) -> Batch:
-        return make_batch(inputs, causal=self._student.causal)
+        return make_batch(inputs, causal=self._student.causal, shifted=self._student.task == "causal-lm")
 
     def _check_graph(self, recorder: Recorder) -> None:
         """Reentrant gradient checkpointing computes what is inside a layer without a graph: no gradient would flow."""

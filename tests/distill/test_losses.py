@@ -139,6 +139,17 @@ def test_the_task_is_the_loss_of_transformers(task):
     torch.testing.assert_close(loss, student(**batch).loss, rtol=1e-5, atol=1e-6)
 
 
+def test_labels_of_tokens_are_not_shifted_in_a_decoder():
+    import transformers
+
+    sizes = {"vocab_size": 120, "n_embd": 16, "n_layer": 1, "n_head": 2, "num_labels": 3}
+    config = transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)
+    teacher, student = (transformers.GPT2ForTokenClassification(config).eval() for _ in range(2))
+    batch = collate(examples("token", count=4))
+    loss = evaluate(objective("task"), teacher, student, batch).total
+    torch.testing.assert_close(loss, student(**batch).loss, rtol=1e-5, atol=1e-6)
+
+
 def test_question_answering_is_the_loss_of_transformers_without_padding():
     task = "question-answering"
     rows = [row for row in examples(task, count=40) if len(row["input_ids"]) == 8]

@@ -158,7 +158,7 @@ def evaluate(goal: Objective, teacher: Any, student: Any, inputs: dict[str, torc
     """The objective on one batch, without a trainer."""
     ours, theirs = Anatomy(student, "student"), Anatomy(teacher, "teacher")
     bound = bind(goal, ours, theirs)
-    batch = make_batch(inputs, causal=ours.causal)
+    batch = make_batch(inputs, causal=ours.causal, shifted=ours.task == "causal-lm")
     with Recorder(ours, bound.student_features()) as recorder:
         outputs = student(**batch.inputs)
     recorder.take_outputs(outputs)
