@@ -7,6 +7,7 @@ from typing import Any, final
 import torch
 import transformers
 
+from compresskit.errors import DataError, TrainingError
 from compresskit.tasks.data import Examples
 from compresskit.tasks.evaluate import predict
 from compresskit.tasks.features import Features
@@ -77,9 +78,18 @@ class TaskTraining:
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Score the model that is being trained, log it, and tell the callbacks."""
+        """Score the model that is being trained, log it, and tell the callbacks.
+
+        Raises:
+            TrainingError: the model's output is not finite.
+        """
         trainer: Any = self
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.dev.metrics(trainer.model).items()}
+        try:
+            found = self.dev.metrics(trainer.model)
+        except DataError as error:
+            step = trainer.state.global_step
+            raise TrainingError(f"after step {step} {error}: training has diverged; lower the learning rate") from error
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         trainer.log(dict(metrics))  # it adds the epoch
         trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
         return metrics
