@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import compresskit
+import compresskit.distill as distill
 import compresskit.tasks as tasks
 from compresskit.errors import DataError, OptionError, TrainingError
 from tests.tasks.conftest import Write
@@ -119,6 +120,30 @@ def test_every_kind_trains(name: str, encoder: pathlib.Path, write: Write, tmp_p
         assert found.metrics["entity_f1"] == 1
     else:
         assert found.metrics[tasks.find_task(name).primary] > 0.99
+
+
+def test_distillation_scores_itself_on_a_task(
+    encoder: pathlib.Path, reviews: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """What the two packages have to do with each other: score_on_ serves any Trainer."""
+    teacher, student, tokenizer = model_of(encoder), model_of(encoder, compressed=True), tasks.tokenizer_for(encoder)
+    train(teacher, encoder, reviews, tmp_path / "teacher", epochs=6)
+    rows, dev = (tasks.load_task_data(SST2, reviews, split) for split in ("train", "dev"))
+    features = [tasks.tokenized(examples, SST2, tokenizer) for examples in (rows, dev)]
+    settings = tasks.TrainSettings(**FAST, epochs=6)
+    trainer = distill.DistillationTrainer(
+        teacher,
+        student,
+        distill.Objective(distill.make_loss("logits")),
+        tasks.training_arguments(settings, tmp_path / "student", metric="accuracy"),
+        train_dataset=features[0],
+        eval_dataset=features[1],
+        data_collator=tasks.collator(tokenizer),
+    )
+    tasks.score_on_(trainer, tasks.DevSet(SST2, tokenizer, dev, features[1]))
+    trainer.train()
+    assert trainer.state.best_metric == 1.0
+    assert tasks.evaluate(student, tokenizer, SST2, reviews) == {"accuracy": 1.0}
 
 
 def test_a_diverging_run_is_stopped(encoder: pathlib.Path, reviews: pathlib.Path, tmp_path: pathlib.Path) -> None:
