@@ -197,7 +197,8 @@ class KroneckerSum(Structure):
         (r, s), k = self.wide, self.terms
         if self.wide_first and k > 1:
             return torch.stack([F.embedding(index, term) for term in wide.view(k, r, s)], -2)
-        return F.embedding(index, wide).unflatten(-1, (k, s))
+        rows: Tensor = F.embedding(index, wide)
+        return rows.unflatten(-1, (k, s))
 
 
 def _covers(p: int, r: int, rows: int) -> bool:

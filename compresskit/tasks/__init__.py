@@ -29,7 +29,7 @@ from compresskit.tasks.task import (
     tasks,
     with_columns,
 )
-from compresskit.tasks.trainer import BucketSampler, DevSet, TaskTraining, silence_
+from compresskit.tasks.trainer import BucketSampler, DevSet, score_on_
 
 __all__ = [
     "KINDS",
@@ -43,7 +43,6 @@ __all__ = [
     "OnTrainProgress",
     "ProgressCallback",
     "Task",
-    "TaskTraining",
     "TrainProgress",
     "TrainSettings",
     "Training",
@@ -65,7 +64,7 @@ __all__ = [
     "register_task",
     "run_evaluation",
     "score",
-    "silence_",
+    "score_on_",
     "tasks",
     "tokenized",
     "tokenizer_for",

@@ -69,18 +69,23 @@ def load_corpus(
 
     def pieces() -> Iterator[dict[str, Any]]:
         texts = documents(files) if source is None else _hub_documents(source, split)
-        yield from _pieces(texts, tokenizer, max_length=max_length, unit=unit, min_tokens=min_tokens)
+        empty = True
+        for piece in _pieces(texts, tokenizer, max_length=max_length, unit=unit, min_tokens=min_tokens):
+            empty = False
+            yield piece
+        if empty:
+            raise DataError(f"{data} holds no text of at least {min_tokens} tokens")
 
     ids = datasets.List(datasets.Value("int32"))
     columns = {"input_ids": ids, "attention_mask": datasets.List(datasets.Value("int8"))}
     counts = {name: datasets.Value("int32") for name in ("length", "document")}
-    # num_proc stays None: the generator holds what cannot be sent to another process
-    rows = datasets.Dataset.from_generator(
-        pieces, features=datasets.Features({**columns, **counts}), cache_dir=str(cache), fingerprint=key
-    )
-    if len(rows) == 0:
-        raise DataError(f"{data} holds no text of at least {min_tokens} tokens")
-    return rows
+    features = datasets.Features({**columns, **counts})
+    try:
+        return datasets.Dataset.from_generator(pieces, features=features, cache_dir=str(cache), fingerprint=key)
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, DataError):  # what the generator itself has raised
+            raise error.__cause__ from error
+        raise
 
 
 def text_files(path: Path) -> list[Path]:

@@ -8,6 +8,7 @@ from typing import Any, final
 
 import transformers
 
+from compresskit.distill import JsonLinesLog
 from compresskit.errors import DataError
 from compresskit.tasks.callbacks import OnTrainProgress, ProgressCallback
 from compresskit.tasks.data import load_task_data
@@ -16,7 +17,7 @@ from compresskit.tasks.labels import align_labels
 from compresskit.tasks.runs import LOG, open_run
 from compresskit.tasks.settings import TrainSettings, training_arguments
 from compresskit.tasks.task import Task
-from compresskit.tasks.trainer import DevSet, TaskTrainer, silence_
+from compresskit.tasks.trainer import DevSet, score_on_
 
 
 @final
@@ -76,22 +77,22 @@ def finetune_(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
     checkpoint = open_run(folder, record, resume=resume)
-    trainer = TaskTrainer(
+    trainer = transformers.Trainer(
         model,
         training_arguments(settings, folder, metric=task.primary),
         data_collator=collator(tokenizer, multiple_of=8 if settings.bf16 else 1),
         train_dataset=features[0],
         eval_dataset=features[1],
-        callbacks=[ProgressCallback(folder / LOG, on_progress), *_stopping(settings)],
+        callbacks=[ProgressCallback(on_progress), JsonLinesLog(folder / LOG), *_stopping(settings)],
     )
-    trainer.dev = DevSet(task, tokenizer, dev, features[1])
-    silence_(trainer)
+    dev_set = DevSet(task, tokenizer, dev, features[1])
+    score_on_(trainer, dev_set)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     model.eval()
     state, time_s = trainer.state, time.perf_counter() - start
     return Training(
-        metrics=trainer.dev.metrics(model),
+        metrics=dev_set.metrics(model),
         best_step=state.best_global_step,
         steps=state.global_step,
         epochs=state.epoch,

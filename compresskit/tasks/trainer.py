@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, final
 
 import torch
 import transformers
 
+from compresskit.errors import DataError, TrainingError
 from compresskit.tasks.data import Examples
 from compresskit.tasks.evaluate import predict
 from compresskit.tasks.features import Features
@@ -65,37 +67,38 @@ class BucketSampler(torch.utils.data.Sampler[int]):
         yield from rows[full:]
 
 
-class TaskTraining:
-    """To be mixed in before a Trainer: `class MyTrainer(TaskTraining, Trainer)`, then set `dev`.
+def score_on_(trainer: Any, dev: DevSet) -> None:
+    """Make a Trainer of any class score itself on a task and draw batches of alike length. Changes the trainer.
 
-    Its evaluation is that of `DevSet`, so `metric_for_best_model` may be any metric of the task. Each process of a
-    distributed run scores the whole dev split.
+    `metric_for_best_model` may then be any metric of the task. The training data needs a column `length`, which
+    `tokenized` and `load_corpus` write. Each process of a distributed run scores the whole dev split. Takes away the
+    callbacks that print.
     """
-
-    dev: DevSet
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Score the model that is being trained, log it, and tell the callbacks."""
-        trainer: Any = self
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.dev.metrics(trainer.model).items()}
-        trainer.log(dict(metrics))  # it adds the epoch
-        trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
-        return metrics
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> BucketSampler:
-        trainer: Any = self
-        rows = trainer.train_dataset if train_dataset is None else train_dataset
-        return BucketSampler(list(rows["length"]), trainer.args.train_batch_size, trainer.args.seed)
-
-
-@final
-class TaskTrainer(TaskTraining, transformers.Trainer):  # type: ignore[misc]
-    """Plain fine-tuning on a task."""
-
-
-def silence_(trainer: Any) -> None:
-    """Take away the callbacks that print; progress goes through `ProgressCallback`."""
+    trainer.evaluate = partial(_evaluate, trainer, dev)
+    trainer._get_train_sampler = partial(_bucket_sampler, trainer)
     for callback in (transformers.trainer_callback.PrinterCallback, transformers.trainer_callback.ProgressCallback):
         trainer.remove_callback(callback)
+
+
+def _evaluate(
+    trainer: Any, dev: DevSet, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+) -> dict[str, float]:
+    """In place of `Trainer.evaluate`: the metrics, logged, and the callbacks told of.
+
+    Raises:
+        TrainingError: the model's output is not finite.
+    """
+    try:
+        found = dev.metrics(trainer.model)
+    except DataError as error:
+        step = trainer.state.global_step
+        raise TrainingError(f"after step {step} {error}: training has diverged; lower the learning rate") from error
+    metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+    trainer.log(dict(metrics))  # it adds the epoch
+    trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
+    return metrics
+
+
+def _bucket_sampler(trainer: Any, train_dataset: Any = None) -> BucketSampler:
+    rows = trainer.train_dataset if train_dataset is None else train_dataset
+    return BucketSampler(list(rows["length"]), trainer.args.train_batch_size, trainer.args.seed)
