@@ -6,13 +6,11 @@ default, which makes the wide factor one large GEMM without a transposed copy an
 encoder, fits better; `small=right` is the papers' A (x) B.
 """
 
-import functools
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal, NamedTuple, final
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor
@@ -20,6 +18,7 @@ from torch.nn import functional as F
 
 from compresskit.core.cost import Gemm, Operation, Pass
 from compresskit.core.decomposition import Analysis, Decomposition, squared_norm
+from compresskit.core.grids import Grid, block_gram, coarsen, cover, cut
 from compresskit.core.kron import KronForm, kron_linear
 from compresskit.core.registry import register
 from compresskit.core.structure import Factor, Structure, TensorSpec, linear, plain_matrix, tensor_of
@@ -28,10 +27,6 @@ from compresskit.errors import OptionError, StructureError
 MAX_SMALL_SIDE = 48
 MAX_SMALL_SIZE = 576
 """The menu offers small factors up to this many entries: the side of the Gram matrix that prices them."""
-COPY_COST = 64
-"""What a rearranged copy of the weight costs besides its Gram matrix, in sides of a Gram matrix."""
-HALVED_SIZE = 128
-"""From this side on, half of a Gram matrix is left out (5/8 are multiplied, in four strips)."""
 MAX_PADDING = 0.01
 """Share of padded rows that the menu tolerates where the rows have too few divisors."""
 
@@ -197,8 +192,8 @@ class KroneckerSum(Structure):
         (r, s), k = self.wide, self.terms
         if self.wide_first and k > 1:
             return torch.stack([F.embedding(index, term) for term in wide.view(k, r, s)], -2)
-        rows: Tensor = F.embedding(index, wide)
-        return rows.unflatten(-1, (k, s))
+        rows: Tensor = F.embedding(index, wide).unflatten(-1, (k, s))
+        return rows
 
 
 def _covers(p: int, r: int, rows: int) -> bool:
@@ -281,26 +276,9 @@ def _small_sides(rows: int) -> list[int]:
     return sorted({*sides, *(p for p in powers if p <= rows and -rows % p <= MAX_PADDING * rows)})
 
 
-class _Grid(NamedTuple):
-    """How a weight is cut: the small factor is p x q and stands on the left or on the right."""
-
-    left: bool
-    p: int
-    q: int
-
-    @property
-    def size(self) -> int:
-        return self.p * self.q
-
-    def refines(self, other: "_Grid", rows: int) -> bool:
-        """Whether each block of the other grid is a union of blocks of this one (with the same padding: none)."""
-        fits = self.p % other.p == 0 and self.q % other.q == 0 and rows % self.p == 0
-        return self == other or (self.left == other.left and fits)
-
-
-def _grid(structure: Structure) -> _Grid:
+def _grid(structure: Structure) -> Grid:
     assert isinstance(structure, KroneckerSum)
-    return _Grid(structure.small_left, *structure.small)
+    return Grid(structure.small_left, *structure.small)
 
 
 @final
@@ -310,7 +288,7 @@ class _KroneckerAnalysis(Analysis):
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight
         self._energy = squared_norm(weight)
-        self._spectra: dict[_Grid, list[float]] = {}
+        self._spectra: dict[Grid, list[float]] = {}
 
     def squared_errors(self, structures: Sequence[Structure]) -> list[float]:
         self._prepare_spectra({_grid(structure) for structure in structures})
@@ -320,14 +298,14 @@ class _KroneckerAnalysis(Analysis):
         assert isinstance(structure, KroneckerSum)
         return sum(self._spectra[_grid(structure)][-structure.terms :])
 
-    def _prepare_spectra(self, grids: set[_Grid]) -> None:
+    def _prepare_spectra(self, grids: set[Grid]) -> None:
         """Spectra of all these grids; Gram matrices of one size share a call."""
         missing = sorted(grids - self._spectra.keys())
-        by_size: dict[int, list[tuple[_Grid, Tensor]]] = {}
-        for fine, coarser in _cover(tuple(missing), *self._weight.shape).items():
-            grams = {fine: _gram(self._blocks(fine))}
+        by_size: dict[int, list[tuple[Grid, Tensor]]] = {}
+        for fine, coarser in cover(tuple(missing), *self._weight.shape, MAX_SMALL_SIZE).items():
+            grams = {fine: block_gram(cut(self._weight, fine))}
             for grid, source in coarser:
-                grams[grid] = _coarsen(grams[source], source, grid)
+                grams[grid] = coarsen(grams[source], source, grid)
                 by_size.setdefault(grid.size, []).append((grid, grams[grid]))
         for same in by_size.values():
             values = torch.linalg.eigvalsh(torch.stack([gram for _, gram in same]).double())
@@ -336,81 +314,11 @@ class _KroneckerAnalysis(Analysis):
     def factors(self, structure: Structure) -> dict[str, Tensor]:
         assert isinstance(structure, KroneckerSum)
         (p, q), (r, s), k = structure.small, structure.wide, structure.terms
-        blocks = self._blocks(_grid(structure))
-        _, vectors = torch.linalg.eigh(_gram(blocks).double())
+        blocks = cut(self._weight, _grid(structure))
+        _, vectors = torch.linalg.eigh(block_gram(blocks).double())
         top = vectors[:, -k:].flip(-1).T.to(self._weight.dtype)  # (terms, p * q)
         top = top * torch.sign(top.gather(-1, top.abs().argmax(-1, keepdim=True)))  # eigenvectors have no sign
         wide = top @ blocks  # (terms, r * s)
         scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).sqrt()  # split evenly: both train at one scale
         wide = torch.where(scale > 0, wide / scale, 0.0)
         return structure.pack((top * scale).view(k, p, q), wide.view(k, r, s))
-
-    def _blocks(self, grid: _Grid) -> Tensor:
-        """W cut into the entries that share one entry of the small factor: (p * q, r * s)."""
-        p, q = grid.p, grid.q
-        rows, cols = self._weight.shape
-        r, s = -(-rows // p), cols // q
-        weight = self._weight if p * r == rows else F.pad(self._weight, (0, 0, 0, p * r - rows))
-        if grid.left:
-            return weight.view(p, r, q, s).permute(0, 2, 1, 3).reshape(p * q, r * s)
-        return weight.view(r, p, s, q).permute(1, 3, 0, 2).reshape(p * q, r * s)
-
-
-@functools.lru_cache(maxsize=256)
-def _cover(grids: tuple[_Grid, ...], rows: int, cols: int) -> Mapping[_Grid, Sequence[tuple[_Grid, _Grid]]]:
-    """Grids whose Gram matrices are computed; for each, those of `grids` that it serves, and what each is traced from.
-
-    A Gram matrix costs multiply-adds as many as the weight times its side, and a rearranged copy: two grids are
-    merged into their common refinement as long as that is cheaper than what it replaces.
-    """
-    left = [g for g in grids if not any(other != g and other.refines(g, rows) for other in grids)]
-
-    def cost(covered: Iterable[_Grid]) -> int:
-        return sum(g.size + COPY_COST for g in covered)
-
-    while True:
-        best: tuple[int, _Grid | None] = (0, None)
-        for a, b in itertools.combinations(left, 2):
-            fine = _Grid(a.left, math.lcm(a.p, b.p), math.lcm(a.q, b.q))
-            if a.left == b.left and rows % fine.p == cols % fine.q == 0 and fine.size <= MAX_SMALL_SIZE:
-                saved = cost(g for g in left if fine.refines(g, rows)) - cost([fine])
-                best = max(best, (saved, fine), key=lambda pair: pair[0])
-        if best[1] is None:
-            served = {g: next(f for f in left if f.refines(g, rows)) for g in grids}
-            return {fine: _sources(fine, [g for g in grids if served[g] == fine], rows) for fine in left}
-        fine = best[1]
-        left = [*(g for g in left if not fine.refines(g, rows)), fine]
-
-
-def _sources(fine: _Grid, grids: Sequence[_Grid], rows: int) -> list[tuple[_Grid, _Grid]]:
-    """Each grid with the smallest one, among `fine` and those listed before it, that refines it."""
-    done, pairs = [fine], []
-    for grid in sorted(grids, key=lambda g: g.size, reverse=True):
-        pairs.append((grid, min((g for g in done if g.refines(grid, rows)), key=lambda g: g.size)))
-        done.append(grid)
-    return pairs
-
-
-def _gram(blocks: Tensor) -> Tensor:
-    """blocks @ blocks.T; of a large one, only what is on and above the diagonal is multiplied."""
-    n = len(blocks)
-    if n < HALVED_SIZE:
-        return blocks @ blocks.T
-    gram = blocks.new_empty(n, n)
-    step = -(-n // 4)
-    for start in range(0, n, step):
-        stop = min(start + step, n)
-        torch.matmul(blocks[start:stop], blocks[start:].T, out=gram[start:stop, start:])
-        gram[stop:, start:stop] = gram[start:stop, stop:].T
-    return gram
-
-
-def _coarsen(gram: Tensor, fine: _Grid, coarse: _Grid) -> Tensor:
-    """Gram matrix of a coarser grid: a coarse block is a union of fine ones, so their inner products add up."""
-    if fine == coarse:
-        return gram
-    p, q = coarse.p, coarse.q
-    a, b = fine.p // p, fine.q // q
-    if fine.left:
-        return torch.einsum("iajbkalb->ijkl", gram.view(p, a, q, b, p, a, q, b)).reshape(p * q, p * q)
-    return torch.einsum("aibjakbl->ijkl", gram.view(a, p, b, q, a, p, b, q)).reshape(p * q, p * q)
