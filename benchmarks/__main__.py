@@ -1,6 +1,7 @@
 """`python -m benchmarks`: run the experiments of a suite, report what they measured, list what there is."""
 
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,15 @@ def main() -> None:
 @main.command()
 @click.argument("suite")
 @click.option("--force", is_flag=True, help="Measure anew what has a result.")
+@click.option("--only", metavar="GLOB", default="*", help="Only experiments with such a name, as `list` shows them.")
 @click.option("--data", type=EXISTING, help="Folder with evaluation data (glue/STS-B/dev.tsv).")
 @_folders
-def run(suite: str, force: bool, data: Path | None, suites: Path, results: Path) -> None:
+def run(suite: str, force: bool, only: str, data: Path | None, suites: Path, results: Path) -> None:
     """Measure what has no result of the same configuration yet."""
-    entries = read_suite(suite, suites)
+    every = read_suite(suite, suites)
+    entries = [entry for entry in every if fnmatchcase(entry.name, only)]
+    if not entries:
+        raise click.UsageError(f"--only {only!r} matches none of {', '.join(entry.name for entry in every)}")
     if data is not None and not (data / STS_B).exists():
         raise click.UsageError(f"the folder of --data has no {STS_B.as_posix()}")
     try:
