@@ -105,14 +105,14 @@ def unsafe_uses(source):
             yield f"line {node.value.lineno}: allow_pickle"
 
 
-TRAINING = ("Trainer", "TrainerCallback", "TrainerControl", "TrainerState", "TrainingArguments")
+TRAINER = ("Trainer", "TrainerCallback", "TrainerControl", "TrainerState", "TrainingArguments")
 
 
 def loading_machinery(source):
     """Imports of transformers other than Conv1D, which stores its weight transposed, PreTrainedModel and Trainer."""
     for line, module, name in imports(source):
         harmless = {("transformers.pytorch_utils", "Conv1D"), ("transformers", "PreTrainedModel")}
-        harmless |= {("transformers", name) for name in TRAINING}
+        harmless |= {("transformers", name) for name in TRAINER}
         if module.split(".")[0] == "transformers" and (module, name) not in harmless:
             yield f"line {line}: {module} {name or ''}"
 
