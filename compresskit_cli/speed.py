@@ -1,13 +1,16 @@
-"""The measured speed-up of a compressed model: its forward pass against that of the dense model, taking turns."""
+"""The measured speed-up of a model: its forward pass before it is compressed, and after.
 
-import copy
+One after the other rather than in turns, for a dense copy beside the compressed model would take as much memory as all
+the rest of a compression.
+"""
+
 import statistics
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, final
 
 import torch
-
-from compresskit import dequantize_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -15,44 +18,56 @@ if TYPE_CHECKING:
 BATCH, LENGTH = 1, 128
 MIN_ROUNDS, MAX_ROUNDS = 3, 15
 CHEAP_S = 1.0
-"""What measuring may take unless it was asked for."""
-CHEAP_BYTES = 10**9
-"""Size of a dense model that is built for it unless it was asked for."""
-HINT = "--measure does it"
+"""What timing the dense model may take unless it was asked for."""
 
 
-def measure(model: "PreTrainedModel", *, dense_bytes: int, asked: bool) -> dict[str, Any]:
-    """Median over rounds of the dense forward time / the compressed one, and how it was measured.
+@final
+@dataclass(frozen=True)
+class Timing:
+    """Forward times of the dense model in seconds, or why there are none."""
 
-    The dense model is the compressed one with its layers multiplied out, of the same sizes as the original.
+    times_s: tuple[float, ...] = ()
+    inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    skipped: str | None = None
+
+
+def time_dense(model: "PreTrainedModel", wanted: bool | None) -> Timing:
+    """Time the model's forward pass on random tokens.
 
     Args:
-        dense_bytes: of the dense model's parameters.
-        asked: measure at any cost; otherwise only if it is cheap.
-
-    Returns:
-        `speedup`, `batch`, `length`, `rounds`, `device`; or `skipped` with the reason.
+        wanted: at any cost, or (False) not at all; None: only if it is cheap.
     """
+    if wanted is False:
+        return Timing(skipped="--no-measure")
     inputs = _inputs(model)
     if inputs is None:
-        return {"skipped": f"the forward pass of {type(model).__name__} takes more than texts"}
-    if not asked and dense_bytes > CHEAP_BYTES:
-        return {"skipped": f"the dense model takes {dense_bytes / 1e9:.1f} GB; {HINT}"}
-    started = time.perf_counter()
-    _forward_s(model, inputs)
-    if not asked and _forward_s(model, inputs) * 2 * MIN_ROUNDS > CHEAP_S:
-        return {"skipped": f"it would take longer than {CHEAP_S:g} s; {HINT}"}
-    dense = copy.deepcopy(model)
-    dequantize_(dense)
-    _forward_s(dense, inputs)
-    round_s = _forward_s(dense, inputs) + _forward_s(model, inputs)
-    rounds = MAX_ROUNDS if asked else min(MAX_ROUNDS, int((CHEAP_S - (time.perf_counter() - started)) / round_s))
-    if rounds < MIN_ROUNDS:
-        return {"skipped": f"it would take longer than {CHEAP_S:g} s; {HINT}"}
-    ratios = [_forward_s(dense, inputs) / _forward_s(model, inputs) for _ in range(rounds)]
-    batch, length = inputs["input_ids"].shape
-    where = {"batch": batch, "length": length, "rounds": rounds, "device": str(model.device)}
-    return {"speedup": statistics.median(ratios), **where}
+        return Timing(skipped=f"the forward pass of {type(model).__name__} takes more than texts")
+    rounds = MAX_ROUNDS
+    if not wanted:
+        first_s, second_s = _forward_s(model, inputs), _forward_s(model, inputs)
+        rounds = min(MAX_ROUNDS, int((CHEAP_S - first_s) / second_s))
+        if rounds < MIN_ROUNDS:
+            return Timing(skipped=f"it would take longer than {CHEAP_S:g} s; --measure does it")
+    return Timing(_times_s(model, inputs, rounds), inputs)
+
+
+def speedup(dense: Timing, model: "PreTrainedModel") -> dict[str, Any]:
+    """Median forward time of the dense model / that of the compressed one, and how it was measured.
+
+    Returns:
+        `speedup`, `batch`, `length`, `rounds` of each model, `device`; or `skipped` with the reason.
+    """
+    if dense.skipped is not None:
+        return {"skipped": dense.skipped}
+    times_s = _times_s(model, dense.inputs, len(dense.times_s))
+    batch, length = dense.inputs["input_ids"].shape
+    where = {"batch": batch, "length": length, "rounds": len(times_s), "device": str(model.device)}
+    return {"speedup": statistics.median(dense.times_s) / statistics.median(times_s), **where}
+
+
+def _times_s(model: "PreTrainedModel", inputs: Mapping[str, torch.Tensor], rounds: int) -> tuple[float, ...]:
+    _forward_s(model, inputs)  # the first pass pays for what later ones find ready
+    return tuple(_forward_s(model, inputs) for _ in range(rounds))
 
 
 def _inputs(model: "PreTrainedModel") -> dict[str, torch.Tensor] | None:
@@ -67,7 +82,7 @@ def _inputs(model: "PreTrainedModel") -> dict[str, torch.Tensor] | None:
 
 
 @torch.inference_mode()
-def _forward_s(model: "PreTrainedModel", inputs: dict[str, torch.Tensor]) -> float:
+def _forward_s(model: "PreTrainedModel", inputs: Mapping[str, torch.Tensor]) -> float:
     _wait(model.device)
     started = time.perf_counter()
     model(**inputs)

@@ -55,6 +55,7 @@ def command(
     from compresskit.hub import check_output, model_card, save_checkpoint
     from compresskit_cli import render
     from compresskit_cli.loading import load
+    from compresskit_cli.speed import speedup, time_dense
 
     options = Choice(**choice)
     arguments = None
@@ -68,6 +69,7 @@ def command(
     data = None if plan_file is None else read_plan(plan_file)
     loaded, folder = load(model, revision=revision, dtype=dtype, device=device, seed=seed)
     provenance = _provenance(model, revision, seed, options, plan_file)
+    dense = time_dense(loaded, measure)
     with render.progress_bar() as on_progress:
         if arguments is None:
             plan = plan_from_json(data, loaded)
@@ -82,7 +84,7 @@ def command(
         left_dense=[(refusal.name, refusal.reason) for refusal in report.left],
     )
     save_checkpoint(loaded, folder, output, force=force, card=card)
-    costs = {**_costs(report, folder, output), "measured": _measured(loaded, report, measure)}
+    costs = {**_costs(report, folder, output), "measured": speedup(dense, loaded)}
     if as_json:
         click.echo(json.dumps({"output": str(output), **costs, **report.to_json()}, indent=1))
     else:
@@ -152,14 +154,6 @@ def _facts(report: "Report") -> list[tuple[str, str]]:
         ("expected speed-up of replaced layers", f"{report.expected_speedup:.2f} (128 tokens, two CPU cores)"),
         ("relative error of replaced weights", f"{report.relative_error:.4f}"),
     ]
-
-
-def _measured(model: Any, report: "Report", wanted: bool | None) -> dict[str, Any]:
-    from compresskit_cli.speed import measure
-
-    if wanted is False:
-        return {"skipped": "--no-measure"}
-    return measure(model, dense_bytes=report.bytes_before, asked=bool(wanted))
 
 
 def _speed_text(measured: dict[str, Any]) -> str:

@@ -56,9 +56,8 @@ def test_the_speed_up_is_measured_if_it_is_cheap_or_asked_for(
     monkeypatch.setattr(speed, "CHEAP_S", 0.0)
     report = run_compress(cli, "-m", "svd", "--ratio", "3", "--force")
     assert report["measured"] == {"skipped": "it would take longer than 0 s; --measure does it"}
-    monkeypatch.setattr(speed, "CHEAP_BYTES", 1000)
     outcome = cli("compress", "bert", "-m", "svd", "--ratio", "3", "-o", "out", "--force")
-    assert "not measured: the dense model takes 0.0 GB; --measure does it" in outcome.out
+    assert "not measured: it would take longer than 0 s; --measure does it" in outcome.out
     outcome = cli("compress", "bert", "-m", "svd", "--ratio", "3", "-o", "out", "--force", "--measure")
     assert re.search(r"measured speed-up of the model +\d+\.\d\d \(forward pass, 1 x 40 tokens on cpu", outcome.out)
     assert "median of 15 rounds)" in outcome.out
@@ -74,18 +73,19 @@ def test_measuring_leaves_the_saved_model_as_it_is(cli: Cli, work: Path) -> None
 @pytest.mark.parametrize("family", ["bert-mlm", "gpt2", "t5", "llama"])
 def test_text_models_of_each_kind_are_measured(family: str) -> None:
     model = build(family)
+    state = torch.get_rng_state()
+    dense = speed.time_dense(model, True)
+    torch.testing.assert_close(torch.get_rng_state(), state)
     compresskit.compress(model, "svd", ratio=2)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    state = torch.get_rng_state()
-    measured = speed.measure(model, dense_bytes=1, asked=True)
+    measured = speed.speedup(dense, model)
     assert (measured["rounds"], measured["batch"], measured["device"]) == (15, 1, "cpu")
     assert 0 < measured["speedup"] < 100
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
-    torch.testing.assert_close(torch.get_rng_state(), state)
 
 
 def test_a_model_of_images_is_not_measured() -> None:
     model = build("vit")
-    compresskit.compress(model, "svd", ratio=2)
-    skipped = speed.measure(model, dense_bytes=1, asked=True)["skipped"]
-    assert skipped == "the forward pass of ViTModel takes more than texts"
+    dense = speed.time_dense(model, True)
+    assert speed.speedup(dense, model) == {"skipped": dense.skipped}
+    assert dense.skipped == "the forward pass of ViTModel takes more than texts"
