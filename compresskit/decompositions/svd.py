@@ -57,6 +57,11 @@ class LowRank(Structure):
         return linear(linear(x, factors["right"]), factors["left"], bias)
 
     def take_rows(self, index: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
+        """rank * cols multiply-adds per row (`lookup_macs`), where a dense one copies cols numbers: a matrix product.
+
+        Measured (30522 x 768, ranks 39 and 93, against the dense lookup): 2 and 3 to 5 x its time at 4096 tokens, 7 and
+        11 x at 128; Kronecker embeddings (O(cols) per row) are the ones to choose where lookups count.
+        """
         return F.embedding(index, factors["left"]) @ factors["right"]
 
     @property
