@@ -12,7 +12,7 @@ from compresskit.distill import JsonLinesLog
 from compresskit.errors import DataError
 from compresskit.tasks.callbacks import OnTrainProgress, ProgressCallback
 from compresskit.tasks.data import load_task_data
-from compresskit.tasks.features import collator, tokenized
+from compresskit.tasks.features import checked_length, collator, tokenized
 from compresskit.tasks.labels import align_labels
 from compresskit.tasks.runs import LOG, open_run
 from compresskit.tasks.settings import TrainSettings, training_arguments
@@ -28,6 +28,7 @@ class Training:
     Args:
         metrics: of the best checkpoint on the dev split, which the model now is.
         best_step, steps: optimiser steps until then, and in all.
+        max_length: tokens of an input at most; scores with another are others.
         time_s: of this process alone, if the run was resumed.
     """
 
@@ -37,6 +38,7 @@ class Training:
     epochs: float
     num_train: int
     num_dev: int
+    max_length: int
     time_s: float
 
 
@@ -98,6 +100,7 @@ def finetune_(
         epochs=state.epoch,
         num_train=len(train),
         num_dev=len(dev),
+        max_length=checked_length(task, tokenizer, max_length),
         time_s=time_s,
     )
 

@@ -134,6 +134,7 @@ def _facts(training: "Training") -> list[tuple[str, str]]:
     return [
         *((f"dev {name}", f"{value:.4f}") for name, value in training.metrics.items()),
         ("best step", f"{training.best_step:,} of {training.steps:,}"),
+        ("tokens of an input at most", str(training.max_length)),
         ("examples", f"{training.num_train:,} to train, {training.num_dev:,} to score"),
     ]
 

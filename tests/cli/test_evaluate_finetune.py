@@ -63,6 +63,7 @@ def test_a_teacher_is_made_compressed_trained_again_and_compared(cli: Cli, place
     assert any("loss" in line for line in log)
     card = Path("teacher/README.md").read_text()
     assert "| dev accuracy | 1.0000 |" in card
+    assert "| tokens of an input at most | 64 |" in card
     assert "import compresskit" not in card
     assert not list(place.glob("*.run"))
 
