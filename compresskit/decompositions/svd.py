@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from compresskit.core.cost import Gemm, Operation
 from compresskit.core.decomposition import Analysis, Decomposition, squared_norm
-from compresskit.core.folding import gram
+from compresskit.core.folding import SINGLE_TAIL, gram
 from compresskit.core.registry import register
 from compresskit.core.structure import Factor, Structure, TensorSpec, linear
 from compresskit.errors import OptionError, StructureError
@@ -24,8 +24,6 @@ EXACT_SIDE = 2048
 RANDOMIZED_SHARE = 1 / 8
 """Beyond, the range finder serves ranks up to this share of the short side. On 4096 x 11008 the whole spectrum takes
 6 s, the range finder 1.5 s for rank 189 and 9 s for rank 746, with a larger error."""
-SINGLE_TAIL = 0.01
-"""Share of the energy that must be left out (a relative error of 0.1) for the spectrum to be computed in float32."""
 OVERSAMPLING = 32
 POWER_ITERATIONS = 4
 """Then, on the weights of all-MiniLM-L6-v2, the error is within 1 % of the optimum up to half of the full rank."""

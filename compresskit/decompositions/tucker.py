@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compresskit.core.cost import Gemm, Operation, Pass
-from compresskit.core.decomposition import Analysis, Decomposition
+from compresskit.core.decomposition import Analysis, Decomposition, squared_norm
 from compresskit.core.folding import Unfolding, balanced_factors, rank_triples
 from compresskit.core.mixing import mix
 from compresskit.core.registry import register
@@ -248,6 +248,7 @@ class _TuckerAnalysis(Analysis):
 
     def __init__(self, weight: Tensor, sweeps: int) -> None:
         self._weight = weight
+        self._energy = squared_norm(weight)
         self._sweeps = sweeps
         self._unfoldings: dict[tuple[tuple[int, ...], int], Unfolding] = {}
 
@@ -255,15 +256,16 @@ class _TuckerAnalysis(Analysis):
         tuckers = [_checked(structure) for structure in structures]
         kept: dict[tuple[int, ...], Tensor] = {}
         for modes in dict.fromkeys(s.modes for s in tuckers):
-            cut = {axis for s in tuckers if s.modes == modes for axis in _cut(s)}
-            energies = self._project(modes, dict.fromkeys(cut, max(modes))).double().square_()
+            same = [s for s in tuckers if s.modes == modes]
+            cut = {axis for s in same for axis in _cut(s)}
+            tops = {axis: max(s.ranks[axis] for s in same) for axis in cut}
+            energies = self._project(modes, tops).double().square_()
             for axis in range(len(modes)):
                 energies = energies.cumsum_(axis)
             for axis in cut:
-                most = max((s.ranks[axis] for s in tuckers if s.modes == modes and axis in _cut(s)), default=1)
-                self._unfolding(modes, axis).keep(most)
+                self._unfolding(modes, axis).keep(max((s.ranks[axis] for s in same if axis in _cut(s)), default=1))
             kept[modes] = energies  # [i, j, k, l]: what ranks (i + 1, j + 1, k + 1, l + 1) keep
-        return [_dropped(kept[s.modes], s.ranks) for s in tuckers]
+        return [max(self._energy - _kept(kept[s.modes], s.ranks), 0.0) for s in tuckers]
 
     def factors(self, structure: Structure) -> dict[str, Tensor]:
         s = _checked(structure)
@@ -285,9 +287,9 @@ class _TuckerAnalysis(Analysis):
     def _unfolded(self, modes: tuple[int, ...], axis: int) -> Tensor:
         return self._weight.reshape(modes).movedim(axis, 0).flatten(1)
 
-    def _unfolding(self, modes: tuple[int, ...], axis: int) -> Unfolding:
+    def _unfolding(self, modes: tuple[int, ...], axis: int, leading: int | None = None) -> Unfolding:
         if (modes, axis) not in self._unfoldings:
-            self._unfoldings[modes, axis] = Unfolding(self._unfolded(modes, axis))
+            self._unfoldings[modes, axis] = Unfolding(self._unfolded(modes, axis), leading)
         return self._unfoldings[modes, axis]
 
     def _project(self, modes: tuple[int, ...], widths: Mapping[int, int]) -> Tensor:
@@ -298,7 +300,7 @@ class _TuckerAnalysis(Analysis):
         tensor = self._weight.reshape(modes)
         for axis in sorted(widths, key=lambda axis: -modes[axis]):
             moved = tensor.movedim(axis, 0)
-            part = self._unfolding(modes, axis).coordinates(moved.flatten(1), widths[axis])
+            part = self._unfolding(modes, axis, widths[axis]).coordinates(moved.flatten(1), widths[axis])
             tensor = part.unflatten(1, moved.shape[1:]).movedim(0, axis)
         return tensor
 
@@ -313,9 +315,8 @@ def _cut(structure: TuckerTensor) -> list[int]:
     return [axis for axis, (n, rank) in enumerate(zip(structure.modes, structure.ranks, strict=True)) if rank < n]
 
 
-def _dropped(kept: Tensor, ranks: Sequence[int]) -> float:
-    index = tuple(min(rank, n) - 1 for rank, n in zip(ranks, kept.shape, strict=True))
-    return max(float(kept[-1, -1, -1, -1] - kept[index]), 0.0)
+def _kept(energies: Tensor, ranks: Sequence[int]) -> float:
+    return float(energies[tuple(min(rank, n) - 1 for rank, n in zip(ranks, energies.shape, strict=True))])
 
 
 def _hooi(block: Tensor, ranks: Mapping[int, int], sweeps: int) -> tuple[Tensor, dict[int, Tensor]]:
