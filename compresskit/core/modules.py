@@ -30,6 +30,13 @@ class FactorizedModule(nn.Module):
         """The parameters by factor name; the objects themselves, shared with tied modules."""
         return {name: self.get_parameter(key) for name, key in self.factor_keys().items()}
 
+    @final
+    def _own(self, name: str) -> Any:
+        """`getattr(self, name)` of a parameter or child in a fifth of the time, which counts at a few tokens."""
+        if name in self._parameters:
+            return self._parameters[name]
+        return self._modules[name] if name in self._modules else getattr(self, name)
+
     def rebuilt_weight(self) -> Tensor:
         """The dense weight that this module stands for, in the layout of the layer that it replaced."""
         return self.structure.dense(self.factors())
@@ -124,13 +131,13 @@ class FactorizedLinear(FactorizedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
-        structure = self.structure
-        if x.shape[-1:] != (structure.cols,):
+        structure, shape = self.structure, x.shape
+        if not shape or shape[-1] != structure.cols:
             raise StructureError(
-                f"this layer takes (..., {structure.cols}) and got {tuple(x.shape)}: the last sizes must agree"
+                f"this layer takes (..., {structure.cols}) and got {tuple(shape)}: the last sizes must agree"
             )
-        factors: dict[str, Factor] = {name: getattr(self, name) for name in self._factor_names}
-        return structure.matmul(x, factors, self.bias)
+        factors: dict[str, Factor] = {name: self._own(name) for name in self._factor_names}
+        return structure.matmul(x, factors, self._own("bias"))
 
 
 @final
@@ -179,7 +186,7 @@ class FactorizedEmbedding(FactorizedModule):
 
     def forward(self, index: Tensor) -> Tensor:
         """index (...) -> (..., embedding_dim)."""
-        y = self.structure.take_rows(index, {name: getattr(self, name) for name in self._factor_names})
+        y = self.structure.take_rows(index, {name: self._own(name) for name in self._factor_names})
         return y if self.padding_row is None else _with_padding(y, index.eq(self.padding_idx or 0), self.padding_row)
 
 

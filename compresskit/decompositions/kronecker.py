@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from compresskit.core.cost import Gemm, Operation, Pass
 from compresskit.core.decomposition import Analysis, Decomposition, squared_norm
 from compresskit.core.grids import Grid, block_gram, coarsen, cover, cut
-from compresskit.core.kron import KronForm, kron_linear
+from compresskit.core.kron import KronForm, kron_linear, swaps
 from compresskit.core.registry import register
 from compresskit.core.structure import Factor, Structure, TensorSpec, linear, plain_matrix, tensor_of
 from compresskit.errors import OptionError, StructureError
@@ -97,10 +97,10 @@ class KroneckerSum(Structure):
             products = (Gemm(tokens * q, k * r, s), Gemm(p, r, q * k, batch=tokens))
         else:
             products = (Gemm(p * k, s, q, batch=tokens), Gemm(tokens * p, r, k * s))
-        biased = Pass(2 * tokens * self.rows)
-        if self.small_left:
-            return (*products, biased)
-        return (Pass(2 * tokens * self.cols, strided=True), *products, Pass(2 * tokens * p * r, strided=True), biased)
+        read, written = swaps(self._form)
+        before = [Pass(2 * tokens * self.cols, strided=True)] if read else []
+        after = [Pass(2 * tokens * p * r, strided=True)] if written else []
+        return (*before, *products, *after, Pass(2 * tokens * self.rows))
 
     def factor_specs(self) -> dict[str, TensorSpec]:
         (p, q), (r, s), k = self.small, self.wide, self.terms

@@ -22,6 +22,8 @@ FORMS = [
     (11, 20, (6, 5), (2, 4), 2),
     (12, 16, (1, 4), (12, 4), 1),
     (16, 12, (8, 12), (2, 1), 1),
+    (16, 12, (2, 12), (8, 1), 1),
+    (12, 16, (6, 2), (2, 8), 1),
 ]
 """rows, cols, left, right, terms: p below, equal to and above q, either side small, several terms, padded rows."""
 
@@ -41,9 +43,12 @@ def as_function(layer):
     return lambda x, *values: torch.func.functional_call(layer, dict(zip(names, values, strict=True)), x)
 
 
-@pytest.fixture(params=["one part", "parts"])
+@pytest.fixture(params=["one part", "recomputed", "parts"])
 def parts(request, monkeypatch):
-    """At once, and in parts of one or two tokens."""
+    """At once with PyTorch's derivatives, at once with ours, and in parts of one or two tokens."""
+    if request.param != "one part":
+        monkeypatch.setattr(kron, "FEW_BYTES", 0)
+        monkeypatch.setattr(kron, "FEW_NUMBERS", 0)
     if request.param == "parts":
         monkeypatch.setattr(kron, "PART_BYTES", 400)
 
@@ -66,7 +71,9 @@ def test_output_and_gradients_are_those_of_the_dense_layer(form, bias):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_gradcheck_of_first_and_second_derivatives(form):
+@pytest.mark.parametrize("few_bytes", [0, kron.FEW_BYTES])
+def test_gradcheck_of_first_and_second_derivatives(form, few_bytes, monkeypatch):
+    monkeypatch.setattr(kron, "FEW_BYTES", few_bytes)
     layer = layer_of(form)
     arguments = [normal(2, layer.in_features).requires_grad_(), *layer.parameters()]
     function = as_function(layer)
@@ -89,15 +96,16 @@ def test_each_gradient_alone():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_only_the_input_is_kept_for_the_backward_pass(form):
+def test_at_most_half_of_the_input_is_kept_beside_it_for_the_backward_pass(form):
+    """Beyond FEW_BYTES. A small factor on the right may keep the input's transposed copy in its place."""
     layer = layer_of(form)
     kept = []
-    x = normal(16, layer.in_features).requires_grad_()
+    x = normal(2000, layer.in_features).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         layer(x)
     own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
-    activations = {t.untyped_storage().data_ptr() for t in kept} - own
-    assert activations == {x.untyped_storage().data_ptr()}
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    assert sum(size for pointer, size in sizes.items() if pointer not in own) <= 1.5 * x.nbytes
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -202,10 +210,13 @@ def test_gradients_by_torch_func():
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_forward_mode_derivatives_are_refused():
-    layer = layer_of(FORMS[0])
+def test_forward_mode_derivatives_are_right_or_refused():
+    layer, tangent = layer_of(FORMS[0]), normal(3, 12, seed=5)
+    _, found = torch.func.jvp(layer, (normal(3, 12),), (tangent,))
+    torch.testing.assert_close(found, tangent @ layer.rebuilt_weight().T)
+    many = normal(2000, 12)
     with pytest.raises(RuntimeError, match="jvp"):
-        torch.func.jvp(layer, (normal(3, 12),), (normal(3, 12),))
+        torch.func.jvp(layer, (many,), (many,))
 
 
 def test_a_called_child_gives_the_same_product():
