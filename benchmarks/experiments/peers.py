@@ -81,7 +81,7 @@ class Peers(Experiment):
             one = timed(_call(layer, x), x.device)
             one()
             tasks[name] = timed(_call(layer, x), x.device, repeats=max(1, round(SAMPLE_S / one())))
-        times = interleave(tasks, self.repeats)
+        times = interleave(tasks, self.repeats, collect=False)
         return {
             "peer_ratio": median_ratio(times["peer"], times["ours"]),
             "dense_ratio": median_ratio(times["dense"], times["ours"]),
