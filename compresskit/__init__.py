@@ -71,6 +71,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "distill":
-        return importlib.import_module("compresskit.distill")
+    if name in ("distill", "recipes"):
+        return importlib.import_module(f"compresskit.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
