@@ -15,6 +15,7 @@ import compresskit.decompositions  # noqa: F401 - registers them
 from compresskit.api import apply, compress, plan
 from compresskit.core.cost import MACHINE, Gemm, Machine, Pass, Rates, dense_operations
 from compresskit.core.decomposition import Analysis, Decomposition, Fitted
+from compresskit.core.importance import Importance
 from compresskit.core.modules import FactorizedEmbedding, FactorizedLinear
 from compresskit.core.registry import decomposition, register
 from compresskit.core.registry import decompositions as methods
@@ -41,6 +42,7 @@ __all__ = [
     "FactorizedLinear",
     "Fitted",
     "Gemm",
+    "Importance",
     "Kronecker",
     "Machine",
     "OnProgress",
@@ -69,6 +71,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "distill":
-        return importlib.import_module("compresskit.distill")
+    if name in ("distill", "recipes"):
+        return importlib.import_module(f"compresskit.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -25,6 +25,10 @@ class WeightError(CompresskitError, ValueError):
     """A weight cannot be factorised: not a real floating-point matrix, or it holds NaN or infinity."""
 
 
+class ImportanceError(CompresskitError, ValueError):
+    """Second moments or weights of a layer's inputs and outputs are no such thing, or of another layer."""
+
+
 class PlanError(CompresskitError, ValueError):
     """A pattern, rule or plan does not fit the model."""
 

@@ -26,6 +26,7 @@ LAYERS = {
     "distill": {"errors", "options", "registration"},
     "tasks": {"errors", "hub", "distill"},
     "api": {"errors", "core", "surgery", "hub"},
+    "recipes": {"errors", "options", "registration", "core", "surgery", "hub", "distill", "tasks", "api"},
 }
 """What each part of compresskit may import from the others; `__init__` collects the public names from all."""
 
@@ -34,6 +35,7 @@ PUBLIC_MODULES = (
     "compresskit.distill",
     "compresskit.errors",
     "compresskit.hub",
+    "compresskit.recipes",
     "compresskit.tasks",
     "compresskit.testing",
 )

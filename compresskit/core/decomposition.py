@@ -12,9 +12,10 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, nn
 
+from compresskit.core.importance import Importance
 from compresskit.core.modules import FactorizedEmbedding, FactorizedLinear
 from compresskit.core.structure import Structure
-from compresskit.errors import BudgetError, StructureError, WeightError
+from compresskit.errors import BudgetError, OptionError, StructureError, WeightError
 
 CHUNK_ROWS = 4096
 """Rows of a tall weight that are rebuilt at a time."""
@@ -30,7 +31,10 @@ class Analysis(ABC):
 
     @abstractmethod
     def squared_errors(self, structures: Sequence[Structure]) -> list[float]:
-        """Expected `||W - dense||_F^2` of each structure; never less, beyond rounding, than what `factors` reaches."""
+        """Expected `||W - dense||_F^2` of each structure; never less, beyond rounding, than what `factors` reaches.
+
+        In a weighted analysis: tr(R D C D^T) of the difference D, as `Importance.squared_norm` measures it.
+        """
 
     @abstractmethod
     def factors(self, structure: Structure) -> dict[str, Tensor]:
@@ -62,16 +66,60 @@ class Decomposition(ABC):
     def analyse(self, weight: Tensor) -> Analysis:
         """Analysis of a finite float32 or float64 weight (rows, cols). It may keep a reference, and never writes."""
 
+    def analyse_weighted(self, weight: Tensor, importance: Importance) -> Analysis:
+        """Analysis that fits for the least weighted error; for those decompositions that can.
+
+        Args:
+            weight: like that of `analyse`.
+            importance: of a weight of this shape, not the identity.
+
+        Raises:
+            OptionError: this decomposition has no data-aware fit.
+        """
+        from compresskit.core.registry import decompositions  # which imports this module
+
+        able = ", ".join(name for name, cls in decompositions().items() if cls.is_data_aware())
+        raise OptionError(f"{self.name} has no data-aware fit; leave the importance out, or use one that has: {able}")
+
     @final
-    def fit(self, weight: Tensor, *, ratio: float | None = None, structure: Structure | None = None) -> "Fitted":
+    @classmethod
+    def is_data_aware(cls) -> bool:
+        """Whether `fit` takes an importance."""
+        return cls.analyse_weighted is not Decomposition.analyse_weighted
+
+    @final
+    def analyse_for(self, weight: Tensor, importance: Importance | None) -> Analysis:
+        """`analyse_weighted`, or `analyse` where there is nothing to weigh by.
+
+        Raises:
+            ImportanceError: the importance is of a weight of another shape.
+            OptionError: this decomposition has no data-aware fit.
+        """
+        if importance is None:
+            return self.analyse(weight)
+        importance.check(*weight.shape)
+        return self.analyse(weight) if importance.is_identity else self.analyse_weighted(weight, importance)
+
+    @final
+    def fit(
+        self,
+        weight: Tensor,
+        *,
+        ratio: float | None = None,
+        structure: Structure | None = None,
+        importance: Importance | None = None,
+    ) -> "Fitted":
         """Factors of `weight`, of the given structure or of the best one at least `ratio` times smaller.
 
         Args:
             weight: (rows, cols), any floating dtype; half precision is widened to float32 for the fit.
             ratio: parameters of the weight / parameters of the factors, at least 1.
             structure: exactly this one; give either `ratio` or `structure`.
+            importance: which errors matter; None: all alike.
 
         Raises:
+            ImportanceError: the importance is of a weight of another shape.
+            OptionError: an importance is given, and this decomposition has no data-aware fit.
             WeightError: not a real floating-point matrix, or it holds NaN or infinity.
             BudgetError: no structure of the menu is that small.
             StructureError: neither or both given, or the structure has another shape.
@@ -79,15 +127,17 @@ class Decomposition(ABC):
         matrix = as_matrix(weight)
         if (ratio is None) == (structure is None):
             raise StructureError("fit takes either ratio= or structure=")
-        analysis = self.analyse(matrix)
+        analysis = self.analyse_for(matrix, importance)
         if structure is None:
             assert ratio is not None
             structure = self._choose(analysis, *matrix.shape, ratio=ratio)
-        return self.fit_analysed(matrix, analysis, structure).to(weight.dtype)
+        return self.fit_analysed(matrix, analysis, structure, importance).to(weight.dtype)
 
     @final
-    def fit_analysed(self, weight: Tensor, analysis: Analysis, structure: Structure) -> "Fitted":
-        """`fit` of a widened weight whose analysis is at hand; measures the error itself."""
+    def fit_analysed(
+        self, weight: Tensor, analysis: Analysis, structure: Structure, importance: Importance | None = None
+    ) -> "Fitted":
+        """`fit` of a widened weight whose analysis (`analyse_for`) is at hand; measures the errors itself."""
         if (structure.rows, structure.cols) != tuple(weight.shape):
             raise StructureError(
                 f"{structure} is for a weight of {structure.rows} x {structure.cols}, this one is "
@@ -96,7 +146,8 @@ class Decomposition(ABC):
         if not isinstance(structure, self.structures):
             raise StructureError(f"{self.name} does not fit structures of kind {structure.kind!r}")
         factors = {name: tensor.contiguous() for name, tensor in analysis.factors(structure).items()}
-        return Fitted(structure, factors, _fit_error(weight, structure, factors))
+        weighted = None if importance is None else _weighted_error(weight, structure, factors, importance)
+        return Fitted(structure, factors, _fit_error(weight, structure, factors), weighted)
 
     @final
     def _choose(self, analysis: Analysis, rows: int, cols: int, *, ratio: float) -> Structure:
@@ -127,15 +178,31 @@ class Fitted:
         structure: sizes of the factorisation.
         factors: contiguous tensors by factor name, all of one dtype.
         relative_error: `||W - dense||_F / ||W||_F`; 0 for a zero weight.
+        weighted_error: sqrt(tr(R D C D^T) / tr(R W C W^T)) of the difference D and the importance that was given, 0 if
+            nothing weighs; None without an importance.
     """
 
     structure: Structure
     factors: Mapping[str, Tensor] = field(repr=False)
     relative_error: float
+    weighted_error: float | None = None
 
     def to(self, dtype: torch.dtype) -> "Fitted":
         """The same fit with its factors in another dtype; the error stays the one measured before rounding."""
-        return Fitted(self.structure, {k: v.to(dtype) for k, v in self.factors.items()}, self.relative_error)
+        factors = {name: tensor.to(dtype) for name, tensor in self.factors.items()}
+        return Fitted(self.structure, factors, self.relative_error, self.weighted_error)
+
+    def bias_change(self, weight: Tensor, mean: Tensor) -> Tensor:
+        """(W - dense) @ mean (rows,): added to the bias, the layer answers its mean input as before.
+
+        Args:
+            weight: the one that was fitted (rows, cols).
+            mean: mean input of the layer (cols,).
+        """
+        matrix = as_matrix(weight)
+        mean = mean.to(matrix.device, matrix.dtype)
+        factors = {name: tensor.to(matrix.dtype) for name, tensor in self.factors.items()}
+        return matrix @ mean - self.structure.matmul(mean, factors)
 
     def to_module(self, like: nn.Module | None = None) -> nn.Module:
         """A module that computes with copies of the factors.
@@ -225,6 +292,22 @@ def _fit_error(weight: Tensor, structure: Structure, factors: Mapping[str, Tenso
         return relative_error(weight, structure.dense(factors))
     rows = torch.arange(len(weight), device=weight.device)
     return _relative_error(weight, lambda start, stop: structure.take_rows(rows[start:stop], factors))
+
+
+def _weighted_error(
+    weight: Tensor, structure: Structure, factors: Mapping[str, Tensor], importance: Importance
+) -> float:
+    """sqrt(tr(R D C D^T) / tr(R W C W^T)); a tall weight is rebuilt some rows at a time, unless R couples them."""
+    if len(weight) <= CHUNK_ROWS or (importance.rows is not None and importance.rows.dim() == 2):
+        error = importance.squared_norm(weight - structure.dense(factors))
+    else:
+        error = 0.0
+        for start in range(0, len(weight), CHUNK_ROWS):
+            rows = torch.arange(start, min(start + CHUNK_ROWS, len(weight)), device=weight.device)
+            difference = weight[start : start + CHUNK_ROWS] - structure.take_rows(rows, factors)
+            error += importance.of_rows(start, start + CHUNK_ROWS).squared_norm(difference)
+    energy = importance.squared_norm(weight)
+    return math.sqrt(error / energy) if energy else 0.0
 
 
 def _relative_error(weight: Tensor, approximation: Callable[[int, int], Tensor]) -> float:

@@ -1,7 +1,10 @@
-"""SVD low-rank: W ~ left @ right, the nearest matrix of rank r in Frobenius norm.
+"""SVD low-rank: W ~ left @ right, the nearest matrix of rank r in Frobenius norm, plain or weighted.
 
-Source: Eckart and Young, Psychometrika 1 (1936), for the optimum; Halko, Martinsson and Tropp, SIAM Review 53
-(2011), for the randomised range finder that is used for large weights.
+Sources: Eckart and Young, Psychometrika 1 (1936), for the optimum; Halko, Martinsson and Tropp, SIAM Review 53
+(2011), for the randomised range finder that is used for large weights. Weighted by what a layer sees, the optimum is
+the truncated SVD of R^1/2 W C^1/2 with the roots taken off again: FWSVD (Hsu et al., ICLR 2022: rows), ASVD (Yuan et
+al. 2023: a diagonal C), SVD-LLM (Wang et al., ICLR 2025: a full C, by Cholesky). Ours never inverts C: the weight is
+projected on the leading left vectors of R^1/2 W C^1/2, so an input that no sample touches does no harm.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +18,7 @@ from torch.nn import functional as F
 from compresskit.core.cost import Gemm, Operation
 from compresskit.core.decomposition import Analysis, Decomposition, squared_norm
 from compresskit.core.folding import SINGLE_TAIL, gram
+from compresskit.core.importance import Importance, Moment
 from compresskit.core.registry import register
 from compresskit.core.structure import Factor, Structure, TensorSpec, linear
 from compresskit.errors import OptionError, StructureError
@@ -88,7 +92,7 @@ class SVD(Decomposition):
 
     name: ClassVar[str] = "svd"
     summary: ClassVar[str] = "W ~ left @ right of rank r"
-    source: ClassVar[str] = "Eckart and Young 1936; Halko, Martinsson and Tropp 2011"
+    source: ClassVar[str] = "Eckart and Young 1936; Halko, Martinsson and Tropp 2011; weighted: SVD-LLM, ASVD, FWSVD"
     structures: ClassVar[tuple[type[Structure], ...]] = (LowRank,)
 
     rank: int | None = None
@@ -112,6 +116,9 @@ class SVD(Decomposition):
         if self.solver == "exact" or min(weight.shape) <= EXACT_SIDE:
             return _ExactAnalysis(weight)
         return _LargeAnalysis(weight)
+
+    def analyse_weighted(self, weight: Tensor, importance: Importance) -> Analysis:
+        return _WeightedAnalysis(weight, importance)
 
 
 @final
@@ -155,6 +162,62 @@ class _ExactAnalysis(Analysis):
         if self._tall is self._weight:
             return {"left": coordinates, "right": (basis * scale).T}
         return {"left": basis * scale, "right": coordinates.T}
+
+
+@final
+class _WeightedAnalysis(Analysis):
+    """Eigenvectors of the Gram matrix of the short side of R^1/2 W C^1/2, in float64; their values price all ranks.
+
+    Without R the weight is projected on left vectors, which takes no inverse of C; without C on right ones. With both,
+    the root of R is taken off again, which the ridge keeps regular.
+    """
+
+    def __init__(self, weight: Tensor, importance: Importance) -> None:
+        self._weight = weight
+        self._metric = importance.metric(weight)
+        self._spectrum: tuple[Tensor, Tensor] | None = (
+            None  # basis (side, short) leading first, errors of rank 0, 1, ...
+        )
+
+    def squared_errors(self, structures: Sequence[Structure]) -> list[float]:
+        if not structures:
+            return []
+        _, errors = self._prepare()
+        return [float(errors[_rank(structure)]) for structure in structures]
+
+    @property
+    def _by_rows(self) -> bool:
+        """Whether the weight is projected on left vectors; else on right ones."""
+        return not self._metric.cols.is_identity
+
+    def _prepare(self) -> tuple[Tensor, Tensor]:
+        if self._spectrum is None:
+            rows, cols = self._metric.rows, self._metric.cols
+            weight = rows.root().before(self._weight.double())  # (rows, cols)
+            side = weight if self._by_rows else weight.T  # its left vectors are the basis
+            moment = cols if self._by_rows else Moment(None)
+            if side.shape[0] <= side.shape[1]:
+                values, basis = torch.linalg.eigh(moment.after(side) @ side.T)
+            else:
+                whitened = moment.root().after(side)
+                values, vectors = torch.linalg.eigh(whitened.T @ whitened)
+                basis = whitened @ vectors
+            errors = values.clamp_min(0).cumsum(0).flip(0) * self._metric.scale
+            self._spectrum = basis.flip(-1), torch.cat([errors, errors.new_zeros(1)])
+        return self._spectrum
+
+    def factors(self, structure: Structure) -> dict[str, Tensor]:
+        basis, _ = self._prepare()
+        basis = torch.linalg.qr(basis[:, : _rank(structure)]).Q  # vectors of a Gram matrix lose their right angles
+        weight = self._weight.double()
+        if self._by_rows:
+            rows = self._metric.rows
+            left, right = rows.inverse_root().before(basis), basis.T @ rows.root().before(weight)
+        else:
+            left, right = weight @ basis, basis.T
+        scale = (torch.linalg.vector_norm(right, dim=1) / torch.linalg.vector_norm(left, dim=0)).sqrt()
+        scale = torch.where(scale.isfinite() & (scale > 0), scale, 1.0)  # split evenly: both train at one scale
+        return {"left": (left * scale).to(self._weight.dtype), "right": (right.T / scale).T.to(self._weight.dtype)}
 
 
 @final

@@ -27,6 +27,7 @@ class Stage:
         name: for messages.
         teacher, objective, args, train_dataset, eval_dataset, data_collator, processing_class, compute_metrics,
             callbacks, cache: of `DistillationTrainer`; each stage has an output folder of its own.
+        set_up: changes the trainer before it trains, as `compresskit.tasks.score_on_` does.
         prepare: makes this stage's student of the last one's, as when a task's head replaces that of pre-training; none
             goes on with the same model.
     """
@@ -42,6 +43,7 @@ class Stage:
     compute_metrics: Callable[..., dict[str, float]] | None = None
     callbacks: tuple[TrainerCallback, ...] = ()
     cache: TeacherCache | None = None
+    set_up: Callable[[DistillationTrainer], None] | None = None
     prepare: Callable[[PreTrainedModel], PreTrainedModel] | None = None
 
     @property
@@ -85,6 +87,8 @@ def _train(student: PreTrainedModel, stage: Stage, *, resume: bool) -> None:
         callbacks=stage.callbacks,
         cache=stage.cache,
     )
+    if stage.set_up is not None:
+        stage.set_up(trainer)
     trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
         partial = stage.done.with_suffix(".partial")

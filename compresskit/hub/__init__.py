@@ -4,7 +4,7 @@ from compresskit.hub.card import model_card, training_card
 from compresskit.hub.config import FORMAT_VERSION, CompresskitConfig
 from compresskit.hub.head import load_with_head
 from compresskit.hub.inspect import Inspection, inspect_checkpoint
-from compresskit.hub.load import load_model, read_map
+from compresskit.hub.load import load_model, read_map, tensor_names
 from compresskit.hub.quantizer import check_unquantized, dequantize_, mark_compressed, register_
 from compresskit.hub.save import check_output, save_checkpoint
 from compresskit.hub.source import resolve
@@ -26,5 +26,6 @@ __all__ = [
     "read_map",
     "resolve",
     "save_checkpoint",
+    "tensor_names",
     "training_card",
 ]

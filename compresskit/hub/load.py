@@ -91,6 +91,16 @@ def read_map(folder: str | Path) -> CompresskitConfig | None:
     return config
 
 
+def tensor_names(folder: str | Path) -> list[str]:
+    """Names of the tensors in a model folder, as stored; the weights are not read.
+
+    Raises:
+        CheckpointError: no such folder, or damaged files.
+    """
+    read_config(Path(folder))
+    return sorted(tensor_shapes(weight_files(Path(folder))))
+
+
 def _quant_method(block: Any) -> Any:
     return block.get("quant_method") if isinstance(block, dict) else block
 

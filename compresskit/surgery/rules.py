@@ -54,8 +54,8 @@ def assign(model: nn.Module, survey: Survey, rules: Sequence[Rule], exclude: Seq
         PlanError: a pattern is malformed or matches nothing, or nothing is left to compress.
     """
     prefix = getattr(model, "base_model_prefix", "")
-    matchers = [_matcher(rule.pattern, prefix) for rule in rules]
-    excluders = [_matcher(pattern, prefix) for pattern in exclude]
+    matchers = [matcher(rule.pattern, prefix) for rule in rules]
+    excluders = [matcher(pattern, prefix) for pattern in exclude]
     _refuse_idle(survey, [rule.pattern for rule in rules], matchers)
     _refuse_idle(survey, exclude, excluders, refused_too=True)
     chosen: list[tuple[Site, Decomposition]] = []
@@ -74,7 +74,8 @@ def assign(model: nn.Module, survey: Survey, rules: Sequence[Rule], exclude: Seq
     return Assignment(tuple(chosen), tuple(left), survey.coverage)
 
 
-def _matcher(pattern: str, prefix: str) -> Callable[[str], bool]:
+def matcher(pattern: str, prefix: str) -> Callable[[str], bool]:
+    """Whether a rule with this pattern means a layer of this name; `prefix` is that of the base model, or empty."""
     if not pattern:
         raise PlanError("an empty pattern matches nothing; use '*' for all layers")
     if pattern.startswith("re:"):

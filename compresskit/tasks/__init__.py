@@ -8,7 +8,7 @@ tasks.evaluate(model, tokenizer, task, "glue")  # {"accuracy": ...}
 """
 
 import compresskit.tasks.definitions  # noqa: F401 - registers the tasks
-from compresskit.tasks.callbacks import OnTrainProgress, ProgressCallback, TrainProgress
+from compresskit.tasks.callbacks import OnTrainProgress, ProgressCallback, TrainProgress, training_callbacks
 from compresskit.tasks.corpus import load_corpus
 from compresskit.tasks.data import Examples, load_task_data, with_labels_of
 from compresskit.tasks.evaluate import Evaluation, evaluate, predict, run_evaluation
@@ -16,7 +16,8 @@ from compresskit.tasks.features import Collator, Features, collator, tokenized
 from compresskit.tasks.finetune import Training, finetune_
 from compresskit.tasks.labels import align_labels
 from compresskit.tasks.metrics import agreement, predictions_of, score
-from compresskit.tasks.models import model_for, tokenizer_for
+from compresskit.tasks.models import model_for, pretrained, tokenizer_for
+from compresskit.tasks.pretraining import PretrainingCollator, SentencePairs
 from compresskit.tasks.runs import close_run, interrupted_run, open_run
 from compresskit.tasks.settings import TrainSettings, training_arguments
 from compresskit.tasks.task import (
@@ -41,7 +42,9 @@ __all__ = [
     "Features",
     "HubSource",
     "OnTrainProgress",
+    "PretrainingCollator",
     "ProgressCallback",
+    "SentencePairs",
     "Task",
     "TrainProgress",
     "TrainSettings",
@@ -61,6 +64,7 @@ __all__ = [
     "open_run",
     "predict",
     "predictions_of",
+    "pretrained",
     "register_task",
     "run_evaluation",
     "score",
@@ -69,6 +73,7 @@ __all__ = [
     "tokenized",
     "tokenizer_for",
     "training_arguments",
+    "training_callbacks",
     "with_columns",
     "with_labels_of",
 ]

@@ -4,10 +4,12 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, final
 
 import transformers
 
+from compresskit.distill import JsonLinesLog
 from compresskit.errors import TrainingError
 
 
@@ -22,6 +24,7 @@ class TrainProgress:
         loss: mean since the last entry of the log; None before the first.
         examples_per_s: of training alone, over the last steps.
         metrics: of the dev split at the last score.
+        terms: of the loss, if it has several; they add up to it.
     """
 
     step: int
@@ -30,6 +33,7 @@ class TrainProgress:
     loss: float | None
     examples_per_s: float
     metrics: dict[str, float] = field(default_factory=dict)
+    terms: dict[str, float] = field(default_factory=dict)
 
 
 OnTrainProgress = Callable[[TrainProgress], None]
@@ -49,6 +53,7 @@ class ProgressCallback(transformers.TrainerCallback):  # type: ignore[misc]
         self._on_progress = on_progress
         self._loss: float | None = None
         self._metrics: dict[str, float] = {}
+        self._terms: dict[str, float] = {}
         self._speed = 0.0
         self._step_began = time.perf_counter()
 
@@ -64,11 +69,14 @@ class ProgressCallback(transformers.TrainerCallback):  # type: ignore[misc]
         examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         speed = examples / (time.perf_counter() - self._step_began)
         self._speed = speed if self._speed == 0 else 0.9 * self._speed + 0.1 * speed
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # short runs have a log too
         self._show(state)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs is not None and "loss" in logs:
             self._loss = float(logs["loss"])
+            self._terms = {name[5:]: value for name, value in logs.items() if name.startswith("loss_")}
             logs["examples_per_s"] = round(self._speed, 1)
 
     def on_evaluate(
@@ -81,6 +89,20 @@ class ProgressCallback(transformers.TrainerCallback):  # type: ignore[misc]
         if self._on_progress is not None and state.is_world_process_zero:
             self._on_progress(
                 TrainProgress(
-                    state.global_step, state.max_steps, state.epoch or 0.0, self._loss, self._speed, self._metrics
+                    state.global_step,
+                    state.max_steps,
+                    state.epoch or 0.0,
+                    self._loss,
+                    self._speed,
+                    self._metrics,
+                    self._terms,
                 )
             )
+
+
+def training_callbacks(
+    log: Path, *, patience: int | None = None, on_progress: OnTrainProgress | None = None
+) -> list[transformers.TrainerCallback]:
+    """What every training of ours has: progress, a log, and an early stop if `patience` scores in a row were worse."""
+    stopping = [] if patience is None else [transformers.EarlyStoppingCallback(patience)]
+    return [ProgressCallback(on_progress), JsonLinesLog(log), *stopping]

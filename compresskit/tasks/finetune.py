@@ -8,9 +8,8 @@ from typing import Any, final
 
 import transformers
 
-from compresskit.distill import JsonLinesLog
 from compresskit.errors import DataError
-from compresskit.tasks.callbacks import OnTrainProgress, ProgressCallback
+from compresskit.tasks.callbacks import OnTrainProgress, training_callbacks
 from compresskit.tasks.data import load_task_data
 from compresskit.tasks.features import checked_length, collator, tokenized
 from compresskit.tasks.labels import align_labels
@@ -85,7 +84,7 @@ def finetune_(
         data_collator=collator(tokenizer, multiple_of=8 if settings.bf16 else 1),
         train_dataset=features[0],
         eval_dataset=features[1],
-        callbacks=[ProgressCallback(on_progress), JsonLinesLog(folder / LOG), *_stopping(settings)],
+        callbacks=training_callbacks(folder / LOG, patience=settings.patience, on_progress=on_progress),
     )
     dev_set = DevSet(task, tokenizer, dev, features[1])
     score_on_(trainer, dev_set)
@@ -103,7 +102,3 @@ def finetune_(
         max_length=checked_length(task, tokenizer, max_length),
         time_s=time_s,
     )
-
-
-def _stopping(settings: TrainSettings) -> list[Any]:
-    return [] if settings.patience is None else [transformers.EarlyStoppingCallback(settings.patience)]

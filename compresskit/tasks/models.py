@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from compresskit.errors import CheckpointError, DataError
-from compresskit.hub import load_with_head
+from compresskit.hub import load_model, load_with_head, tensor_names
 from compresskit.tasks.labels import align_labels
 from compresskit.tasks.task import Task
 
@@ -47,6 +47,19 @@ def model_for(
     if getattr(model.config, "pad_token_id", 0) is None:
         model.config.pad_token_id = tokenizer_for(folder).pad_token_id  # decoders find the last token by it
     return model
+
+
+def pretrained(folder: str | Path) -> Model:
+    """The model in a folder with the heads of its pre-training, as far as their weights are there, in eval mode.
+
+    BERT's next-sentence head counts even where the config names the masked language model alone.
+
+    Raises:
+        CheckpointError: the folder is not complete.
+    """
+    if any(name.endswith("seq_relationship.weight") for name in tensor_names(folder)):
+        return load_with_head(folder, transformers.AutoModelForPreTraining)[0]
+    return load_model(folder)
 
 
 def _head_config(task: Task, folder: str | Path) -> dict[str, Any]:

@@ -101,6 +101,7 @@ def training_arguments(settings: TrainSettings, folder: str | Path, *, metric: s
         "metric_for_best_model": metric,
         "greater_is_better": True,
         "logging_steps": LOG_STEPS,
+        "logging_first_step": True,
         "logging_nan_inf_filter": False,
         "remove_unused_columns": False,
         "dataloader_pin_memory": settings.device != "cpu" and torch.cuda.is_available(),

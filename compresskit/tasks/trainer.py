@@ -67,14 +67,17 @@ class BucketSampler(torch.utils.data.Sampler[int]):
         yield from rows[full:]
 
 
-def score_on_(trainer: Any, dev: DevSet) -> None:
+def score_on_(trainer: Any, dev: DevSet | None) -> None:
     """Make a Trainer of any class score itself on a task and draw batches of alike length. Changes the trainer.
+
+    Without a dev set it only draws such batches, and is never scored.
 
     `metric_for_best_model` may then be any metric of the task. The training data needs a column `length`, which
     `tokenized` and `load_corpus` write. Each process of a distributed run scores the whole dev split. Takes away the
     callbacks that print.
     """
-    trainer.evaluate = partial(_evaluate, trainer, dev)
+    if dev is not None:
+        trainer.evaluate = partial(_evaluate, trainer, dev)
     trainer._get_train_sampler = partial(_bucket_sampler, trainer)
     for callback in (transformers.trainer_callback.PrinterCallback, transformers.trainer_callback.ProgressCallback):
         trainer.remove_callback(callback)

@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from compresskit.core.decomposition import Fitted, as_matrix, is_conv1d, relative_error
+from compresskit.core.decomposition import CHUNK_ROWS, Fitted, as_matrix, is_conv1d, relative_error
+from compresskit.core.importance import Importance
 from compresskit.core.modules import FactorizedEmbedding, FactorizedLinear
 from compresskit.decompositions.kronecker import Kronecker, KroneckerSum
 from compresskit.decompositions.svd import SVD, LowRank
-from compresskit.errors import BudgetError, StructureError, WeightError
-from compresskit.testing.cases import sample_weight
+from compresskit.errors import BudgetError, ImportanceError, OptionError, StructureError, WeightError
+from compresskit.testing.cases import normal, sample_weight
+from tests.core.toy import ToyDecomposition
 
 WEIGHT = sample_weight(24, 16)
 
@@ -131,6 +133,58 @@ def test_the_chosen_structure_has_the_least_error_of_those_that_use_the_budget(r
     best = min((decomposition.fit(WEIGHT, structure=s).relative_error for s in near), default=chosen.relative_error)
     assert chosen.structure.num_params <= budget
     torch.testing.assert_close(chosen.relative_error, best, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [None, normal(24).abs(), normal(24, 30) @ normal(24, 30).T])
+def test_the_weighted_error_is_measured(rows):
+    cols = normal(16, 40) @ normal(16, 40).T
+    importance = Importance(cols, rows)
+    fitted = SVD().fit(WEIGHT.double(), ratio=3, importance=importance)
+    difference = WEIGHT.double() - fitted.structure.dense(fitted.factors)
+    expected = math.sqrt(importance.squared_norm(difference) / importance.squared_norm(WEIGHT.double()))
+    torch.testing.assert_close(fitted.weighted_error, expected)
+    assert fitted.weighted_error < fitted.relative_error
+    assert fitted.to(torch.bfloat16).weighted_error == fitted.weighted_error
+
+
+def test_the_weighted_error_of_a_tall_weight_is_measured_in_pieces():
+    weight = normal(CHUNK_ROWS + 5, 4)
+    importance = Importance(rows=normal(len(weight), seed=1).abs())
+    fitted = SVD().fit(weight, structure=LowRank(*weight.shape, 2), importance=importance)
+    difference = weight - fitted.structure.dense(fitted.factors)
+    expected = math.sqrt(importance.squared_norm(difference) / importance.squared_norm(weight))
+    torch.testing.assert_close(fitted.weighted_error, expected)
+
+
+def test_without_importance_nothing_is_weighted():
+    assert SVD().fit(WEIGHT, ratio=2).weighted_error is None
+    plain, same = SVD().fit(WEIGHT, ratio=2), SVD().fit(WEIGHT, ratio=2, importance=Importance())
+    torch.testing.assert_close(same.weighted_error, plain.relative_error)
+    torch.testing.assert_close(dict(same.factors), dict(plain.factors), rtol=0, atol=0)
+
+
+def test_a_weight_that_nothing_touches_has_no_weighted_error():
+    assert SVD().fit(WEIGHT, ratio=2, importance=Importance(torch.zeros(16))).weighted_error == 0
+
+
+def test_an_importance_of_another_layer_is_refused():
+    with pytest.raises(ImportanceError, match="cols is of 24, this weight of 24 x 16 needs 16"):
+        SVD().fit(WEIGHT, ratio=2, importance=Importance(torch.ones(24)))
+
+
+def test_a_decomposition_without_data_aware_fit_says_so():
+    assert not ToyDecomposition.is_data_aware()
+    with pytest.raises(OptionError, match=r"toy has no data-aware fit; leave .* use one that has: .*svd"):
+        ToyDecomposition().fit(WEIGHT, ratio=2, importance=Importance(torch.ones(16)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_change_of_the_bias_keeps_the_answer_to_the_mean_input(dtype):
+    weight, mean = WEIGHT.to(dtype), normal(16, seed=3)
+    fitted = SVD().fit(weight, ratio=4)
+    wide = torch.promote_types(dtype, torch.float32)
+    answer = fitted.structure.matmul(mean.to(wide), {k: v.to(wide) for k, v in fitted.factors.items()})
+    torch.testing.assert_close(answer + fitted.bias_change(weight, mean), weight.to(wide) @ mean.to(wide))
 
 
 @pytest.fixture

@@ -1,0 +1,250 @@
+"""Importance: which errors of a weight matter, as second moments of what the layer sees; the identity where unknown.
+
+A layer answers y = W x. With C the second moment of its inputs x, a change D of W changes its answers by tr(D C D^T) on
+average; with R the second moment of the loss's gradients at its outputs (K-FAC: Martens and Grosse, ICML 2015; one
+number per row: FWSVD, Hsu et al., ICLR 2022), the loss by about tr(R D C D^T). SVD-LLM (Wang et al., ICLR 2025): R = I
+with a full C, ASVD (Yuan et al. 2023) R = I with a diagonal one, an embedding has C = I and its tokens' frequencies as
+a diagonal R.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import final
+
+import torch
+from torch import Tensor
+
+from compresskit.errors import ImportanceError
+
+RIDGE = 1e-6
+"""Share of the mean of the diagonal that fits add to a diagonal by default. Second moments are rank deficient: what no
+sample touches costs next to nothing, but what is least is still well defined."""
+ASYMMETRY = 1e-3
+"""Tolerated difference between a second moment and its transpose, and negative eigenvalues, as shares of its largest
+value: what summing in half precision or float32 leaves."""
+CHUNK_ROWS = 1024
+"""Rows of a difference that are weighted at a time."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Importance:
+    """Weights of the error of one layer; tr(R D C D^T) is what a difference D of its weight (rows, cols) costs.
+
+    Args:
+        cols: C, the second moment of the inputs E[x x^T] (cols, cols), or its diagonal (cols,). None: the identity.
+        rows: R, the second moment of the gradients at the outputs (rows, rows), or a weight of each row (rows,): token
+            frequencies of an embedding, Fisher information summed over each row. None: the identity.
+        mean: E[x] (cols,), for the correction of the bias; fits do not read it.
+        ridge: share of the mean of the diagonal that fits add to the diagonals of C and R.
+
+    Raises:
+        ImportanceError: not finite, not symmetric, negative, or of another shape than a square matrix or a vector.
+    """
+
+    cols: Tensor | None = None
+    rows: Tensor | None = None
+    mean: Tensor | None = None
+    ridge: float = RIDGE
+
+    def __post_init__(self) -> None:
+        for name, moment in (("cols", self.cols), ("rows", self.rows)):
+            if moment is not None:
+                _check_moment(name, moment)
+        if self.mean is not None:
+            _check_numbers("mean", self.mean, (1,))
+        if not 0 <= self.ridge < math.inf:
+            raise ImportanceError(f"ridge is a share of the mean of the diagonal, at least 0; got {self.ridge}")
+
+    @property
+    def is_identity(self) -> bool:
+        """True if every entry of the weight counts alike."""
+        return self.cols is None and self.rows is None
+
+    def check(self, rows: int, cols: int) -> None:
+        """Raise ImportanceError if this is not of a weight (rows, cols)."""
+        for name, tensor, size in (("cols", self.cols, cols), ("rows", self.rows, rows), ("mean", self.mean, cols)):
+            if tensor is not None and len(tensor) != size:
+                raise ImportanceError(f"{name} is of {len(tensor)}, this weight of {rows} x {cols} needs {size}")
+
+    def squared_norm(self, difference: Tensor) -> float:
+        """tr(R D C D^T) of a difference D (rows, cols) of the weight, some rows at a time; 0 or more.
+
+        Raises:
+            ImportanceError: it is of another shape.
+        """
+        self.check(*difference.shape)
+        return _trace(Moment.of(self.rows, like=difference), Moment.of(self.cols, like=difference), difference)
+
+    def of_rows(self, start: int, stop: int) -> "Importance":
+        """What belongs to these rows of the weight alone; they must not be weighed together (no full R).
+
+        Raises:
+            ImportanceError: R is a full matrix.
+        """
+        if self.rows is not None and self.rows.dim() == 2:
+            raise ImportanceError("a full second moment of the rows couples them; only a diagonal one can be cut")
+        return replace(self, rows=None if self.rows is None else self.rows[start:stop])
+
+    def centred(self) -> "Importance":
+        """The same about the mean of the inputs, E[(x - mean)(x - mean)^T].
+
+        It is the one to fit with where a bias takes up the mean error (`Fitted.bias_change`): what is left then is
+        tr(R D (C - mean mean^T) D^T).
+
+        Raises:
+            ImportanceError: no mean, or no second moment of the inputs.
+        """
+        if self.mean is None or self.cols is None:
+            missing = "mean" if self.mean is None else "cols"
+            raise ImportanceError(f"{missing} is missing: centring takes the mean and the second moment of the inputs")
+        cols, mean = self.cols.double(), self.mean.to(self.cols.device, torch.float64)
+        if cols.dim() == 1:
+            centred = (cols - mean.square()).clamp_min(0)
+        else:
+            centred = cols - torch.outer(mean, mean)
+            centred.diagonal().clamp_min_(0)
+        return replace(self, cols=centred.to(self.cols.dtype))
+
+    def metric(self, like: Tensor) -> "Metric":
+        """What fits work with, in float64 on the device of `like`; see Metric."""
+        rows, row_scale = _damped(self.rows, self.ridge, like.device)
+        cols, col_scale = _damped(self.cols, self.ridge, like.device)
+        return Metric(rows, cols, row_scale * col_scale)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Moment:
+    """A symmetric positive semi-definite matrix: None is the identity, a vector its diagonal."""
+
+    values: Tensor | None
+
+    @classmethod
+    def of(cls, values: Tensor | None, *, like: Tensor) -> "Moment":
+        """With the dtype and on the device of `like`."""
+        return cls(None if values is None else values.to(like.device, like.dtype))
+
+    @property
+    def is_identity(self) -> bool:
+        return self.values is None
+
+    def after(self, matrix: Tensor) -> Tensor:
+        """matrix @ self."""
+        if self.values is None:
+            return matrix
+        return matrix * self.values if self.values.dim() == 1 else matrix @ self.values
+
+    def before(self, matrix: Tensor) -> Tensor:
+        """self @ matrix."""
+        return self.rows_before(slice(None), matrix)
+
+    def rows_before(self, part: slice, matrix: Tensor) -> Tensor:
+        """Some rows of self @ matrix."""
+        if self.values is None:
+            return matrix[part]
+        return self.values[part, None] * matrix[part] if self.values.dim() == 1 else self.values[part] @ matrix
+
+    @cached_property
+    def _eigen(self) -> tuple[Tensor, Tensor]:
+        assert self.values is not None
+        values, vectors = torch.linalg.eigh(self.values)
+        largest = float(values[-1])
+        if float(values[0]) < -ASYMMETRY * largest:
+            raise ImportanceError(
+                f"a second moment is positive semi-definite; this one has eigenvalues from {float(values[0]):.2g} to "
+                f"{largest:.2g}"
+            )
+        return values, vectors
+
+    def root(self) -> "Moment":
+        """The symmetric square root."""
+        return self._power(0.5)
+
+    def inverse_root(self) -> "Moment":
+        """The symmetric square root of the pseudo-inverse."""
+        return self._power(-0.5)
+
+    def _power(self, exponent: float) -> "Moment":
+        if self.values is None:
+            return self
+        if self.values.dim() == 1:
+            return Moment(_powers(self.values, exponent))
+        values, vectors = self._eigen
+        return Moment(vectors * _powers(values, exponent) @ vectors.T)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """R and C damped, in float64, each of mean 1 on its diagonal before: what fits work with.
+
+    tr(R D C D^T) <= scale * tr(rows D cols D^T), up to the ridge they are equal. A moment that is zero everywhere says
+    nothing and counts as the identity here, with scale 0.
+    """
+
+    rows: Moment
+    cols: Moment
+    scale: float
+
+    def squared_norm(self, difference: Tensor) -> float:
+        """scale * tr(rows D cols D^T)."""
+        return self.scale * _trace(
+            Moment.of(self.rows.values, like=difference), Moment.of(self.cols.values, like=difference), difference
+        )
+
+
+def _trace(rows: Moment, cols: Moment, difference: Tensor) -> float:
+    """tr(rows D cols D^T), summed in float64 from products in the dtype of D."""
+    total = 0.0
+    for start in range(0, len(difference), CHUNK_ROWS):
+        part = slice(start, start + CHUNK_ROWS)
+        total += float((cols.after(difference[part]) * rows.rows_before(part, difference)).double().sum())
+    return max(total, 0.0)
+
+
+def _powers(values: Tensor, exponent: float) -> Tensor:
+    """Each positive value to the power; values that are rounding noise to 0."""
+    floor = float(values.max()) * len(values) * torch.finfo(values.dtype).eps
+    return torch.where(values > floor, values.clamp_min(floor or 1.0).pow(exponent), 0.0)
+
+
+def _damped(values: Tensor | None, ridge: float, device: torch.device) -> tuple[Moment, float]:
+    """A moment of mean 1 on its diagonal, plus the ridge, and what it was divided by."""
+    if values is None:
+        return Moment(None), 1.0
+    wide = values.detach().to(device, torch.float64)
+    scale = float(wide.mean() if wide.dim() == 1 else wide.diagonal().mean())
+    if scale == 0:
+        return Moment(None), 0.0
+    if wide.dim() == 1:
+        return Moment(wide / scale + ridge), scale
+    damped = (wide + wide.T) / (2 * scale)
+    damped.diagonal().add_(ridge)
+    return Moment(damped), scale
+
+
+def _check_moment(name: str, moment: Tensor) -> None:
+    _check_numbers(name, moment, (1, 2))
+    diagonal = moment if moment.dim() == 1 else moment.diagonal()
+    if moment.dim() == 2:
+        if moment.shape[0] != moment.shape[1]:
+            raise ImportanceError(f"{name} has shape {tuple(moment.shape)}; a second moment is square")
+        gap, largest = float((moment - moment.T).abs().max()), float(moment.abs().max())
+        if gap > ASYMMETRY * largest:
+            raise ImportanceError(f"{name} is not symmetric: values up to {largest:.2g} differ by up to {gap:.2g}")
+    if float(diagonal.min()) < 0:
+        at = int(diagonal.argmin())
+        raise ImportanceError(f"{name} weighs entry {at} with {float(diagonal[at]):.2g}; weights are 0 or more")
+
+
+def _check_numbers(name: str, tensor: Tensor, dims: tuple[int, ...]) -> None:
+    if tensor.dim() not in dims or 0 in tensor.shape:
+        wanted = "a vector" if dims == (1,) else "a square matrix or its diagonal"
+        raise ImportanceError(f"{name} has shape {tuple(tensor.shape)}; {wanted} is needed")
+    if not tensor.is_floating_point():
+        raise ImportanceError(f"{name} is of {tensor.dtype}; real floating-point numbers are needed")
+    if not torch.isfinite(tensor).all():
+        nan, inf = int(tensor.isnan().sum()), int(tensor.isinf().sum())
+        raise ImportanceError(f"{name} holds {nan} NaN and {inf} infinite values")

@@ -1,0 +1,312 @@
+"""A whole distillation: from a preset, a teacher and data to a trained student and what it came to."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+from compresskit.distill import Stage, TeacherCache, run_stages
+from compresskit.errors import DistillError, OptionError
+from compresskit.recipes.definition import Preset, StageRecipe
+from compresskit.recipes.models import Models, open_models
+from compresskit.recipes.stages import CORPUS, LOG, TASK, OnStage, Splits, corpus_stage, load_splits, task_stage
+from compresskit.recipes.students import Model, student_maker
+from compresskit.surgery.sites import count_params
+from compresskit.tasks import DevSet, Task, open_run
+
+SCORED = "scores.json"
+"""In a run's folder: the teacher's and the untrained student's scores, so that a run that is resumed has them."""
+OnNote = Callable[[str], None]
+
+
+@final
+@dataclass(frozen=True)
+class StageResult:
+    """What one stage came to.
+
+    Args:
+        name: `corpus` or `task`.
+        steps: optimiser steps that were done.
+        best_step: after which the student was taken; the last one where nothing is scored.
+        metrics: of the dev split at that step; empty where nothing is scored.
+        loss: mean of the last entry of the log, with its terms.
+        time_s: of the process that ended it.
+        curve: (step, metrics) of every score.
+    """
+
+    name: str
+    steps: int
+    best_step: int
+    metrics: dict[str, float]
+    loss: dict[str, float]
+    time_s: float
+    curve: tuple[tuple[int, dict[str, float]], ...]
+
+
+@final
+@dataclass(frozen=True)
+class Distilled:
+    """A trained student.
+
+    Args:
+        student: in eval mode, on the processor.
+        tokenizer: of all the models.
+        preset: with all values that were used.
+        task: None without one.
+        metrics, before, teacher: of the dev split: the student, the student before training, the teacher.
+        params, teacher_params: of the whole models.
+        stages: in order.
+        max_length: tokens of an input of the task at most, None: as the task has it.
+        time_s: of this process alone, if the run was resumed.
+    """
+
+    student: Model = dataclasses.field(repr=False)
+    tokenizer: Any = dataclasses.field(repr=False)
+    preset: Preset
+    task: Task | None
+    metrics: dict[str, float]
+    before: dict[str, float]
+    teacher: dict[str, float]
+    params: int
+    teacher_params: int
+    stages: tuple[StageResult, ...]
+    max_length: int | None
+    time_s: float
+
+    @property
+    def ratio(self) -> float:
+        """Parameters of the teacher / of the student, whole models."""
+        return self.teacher_params / self.params
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the models, as plain data."""
+        return {
+            "preset": self.preset.title,
+            "task": None if self.task is None else self.task.name,
+            "metrics": self.metrics,
+            "before": self.before,
+            "teacher": self.teacher,
+            "parameters": self.params,
+            "teacher_parameters": self.teacher_params,
+            "ratio": self.ratio,
+            "stages": [dataclasses.asdict(stage) for stage in self.stages],
+            "time_s": self.time_s,
+        }
+
+
+def distill(
+    preset: Preset,
+    teacher: str | Path,
+    run: str | Path,
+    *,
+    task: Task | None = None,
+    data: str | Path | None = None,
+    corpus: str | Path | None = None,
+    base: str | Path | None = None,
+    student: str | Path | None = None,
+    ratio: float | None = None,
+    params: int | None = None,
+    max_length: int | None = None,
+    cache: str | Path | None = None,
+    cache_teacher: bool = False,
+    resume: bool = False,
+    on_progress: OnStage | None = None,
+    on_note: OnNote | None = None,
+) -> Distilled:
+    """Make a student of the teacher as a preset says, and train it: on plain text, then on a task.
+
+    Args:
+        preset: of `preset(...)`, its settings changed by `with_values`.
+        teacher: folder or hub id of the model that was trained on the task; without a task any encoder.
+        run: folder for checkpoints and logs; kept, so that an interrupted run can be resumed.
+        task, data: of `compresskit.tasks`; None: only the corpus stage, for an encoder without a head. A task that is
+            only scored (`sts`) chooses the best checkpoint of the corpus stage.
+        corpus: folder of `*.txt`, or hub id; None: only the task stage.
+        base: pre-trained model that teaches in the corpus stage and whose weights the student starts from; None: the
+            teacher itself.
+        student: folder of a student of one's own, compressed or not, in place of one that the preset makes.
+        ratio, params: size of the whole student, None: the preset's.
+        max_length: tokens of an input of the task, None: the preset's, or the task's own.
+        cache: folder that keeps the tokenised text for the next run; None: below `run`.
+        cache_teacher: keep the teacher's answers there too; large, and worth it where texts come more than once.
+        resume: go on with an interrupted run.
+        on_progress: called with the name of the stage after each step.
+        on_note: called with what is worth knowing: a stage that is left out, the size of the student.
+
+    Raises:
+        OptionError: neither task nor corpus, or the preset lacks the stage, or a size.
+        DataError, CheckpointError, DistillError: data, models and preset do not fit together; before any training.
+        TrainingError: the run cannot be resumed, or has diverged.
+    """
+    start, folder, note = time.perf_counter(), Path(run), on_note or (lambda text: None)
+    stages = _stages_of(preset, task, corpus=corpus is not None)
+    for text in _left_out(preset, stages):
+        note(text)
+    models = open_models(teacher, base=base, student=student, task=task)
+    task = models.task
+    recipes = _recipes(preset, stages, task)
+    length = max_length or (recipes[TASK].max_length if TASK in recipes else None)
+    splits = None if task is None else load_splits(task, data, models.tokenizer, max_length=length)
+    record = _record(preset, recipes, models, splits, ratio=ratio, params=params, max_length=length)
+    open_run(folder, record, resume=resume)
+    seed = next(iter(recipes.values())).settings.seed
+    first, last = _students(preset, models, corpus=CORPUS in stages, ratio=ratio, params=params, seed=seed)
+    ours, theirs = count_params(last), count_params(models.teacher)
+    note(f"student: {ours:,} parameters, teacher: {theirs:,}, ratio {theirs / ours:.2f}")
+    before, teachers = _scores(folder, splits, last, models.teacher)
+    kept = TeacherCache(Path(cache or folder) / "teacher") if cache_teacher else None
+    common: dict[str, Any] = {
+        "tokenizer": models.tokenizer,
+        "folder": folder,
+        "teacher_cache": kept,
+        "on_progress": on_progress,
+    }
+    made: list[Stage] = []
+    if CORPUS in stages:
+        assert corpus is not None
+        scored = splits.dev if splits is not None and TASK not in stages else None
+        made.append(
+            corpus_stage(
+                recipes[CORPUS],
+                teacher=models.base,
+                student=first,
+                corpus=corpus,
+                cache=Path(cache or folder) / "text",
+                dev=scored,
+                **common,
+            )
+        )
+    if TASK in stages:
+        assert splits is not None
+        target = last if first is not last else None
+        made.append(task_stage(recipes[TASK], teacher=models.teacher, splits=splits, student=target, **common))
+    trained = run_stages(first, made, resume=resume).eval()
+    return Distilled(
+        student=trained.cpu(),
+        tokenizer=models.tokenizer,
+        preset=preset,
+        task=task,
+        metrics={} if splits is None else splits.dev.metrics(trained),
+        before=before,
+        teacher=teachers,
+        params=ours,
+        teacher_params=theirs,
+        stages=tuple(_result(folder, stage, None if splits is None else splits.dev) for stage in made),
+        max_length=length,
+        time_s=time.perf_counter() - start,
+    )
+
+
+def _stages_of(preset: Preset, task: Task | None, *, corpus: bool) -> list[str]:
+    """The stages that are done.
+
+    Raises:
+        OptionError: there would be none, or the preset lacks one for which there is data.
+    """
+    supervised = task is not None and task.kind != "similarity"
+    if corpus and preset.corpus is None:
+        raise OptionError(f"preset {preset.title} has no stage on plain text; leave out the corpus")
+    if supervised and preset.task is None:
+        raise OptionError(f"preset {preset.title} has no stage on a task; leave out the task")
+    stages = [name for name, wanted in ((CORPUS, corpus), (TASK, supervised)) if wanted]
+    if not stages:
+        raise OptionError("there is nothing to train on: give a corpus of plain text, a task with labels, or both")
+    return stages
+
+
+def _left_out(preset: Preset, stages: Sequence[str]) -> list[str]:
+    notes = []
+    if preset.corpus is not None and CORPUS not in stages:
+        notes.append("no corpus: stage 1 is left out, this is the one-stage ablation")
+    if preset.task is not None and TASK not in stages:
+        notes.append("no task to train on: stage 2 is left out, only the features of the encoder are distilled")
+    return notes
+
+
+def _recipes(preset: Preset, stages: Sequence[str], task: Task | None) -> dict[str, StageRecipe]:
+    found: dict[str, StageRecipe] = {}
+    if CORPUS in stages:
+        assert preset.corpus is not None
+        found[CORPUS] = preset.corpus
+    if TASK in stages:
+        assert preset.task is not None
+        assert task is not None
+        found[TASK] = preset.task.for_task(task.name)
+    return found
+
+
+def _students(
+    preset: Preset, models: Models, *, corpus: bool, ratio: float | None, params: int | None, seed: int
+) -> tuple[Model, Model]:
+    """The student of the first stage and that of the last, which may be the same."""
+    if models.student is not None:
+        if ratio is not None or params is not None:
+            raise OptionError("a student of your own has its size: leave out ratio and params")
+        return models.student, models.student
+    make = student_maker(preset, models.teacher, ratio=ratio, params=params)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        last = make(models.teacher)
+        if not corpus or models.base is models.teacher:
+            return last, last
+        torch.manual_seed(seed)
+        return make(models.base), last
+
+
+def _scores(
+    folder: Path, splits: Splits | None, student: Model, teacher: Model
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Dev metrics of the untrained student and of the teacher; kept, because a resumed run needs them again."""
+    if splits is None:
+        return {}, {}
+    path = folder / SCORED
+    if not path.is_file():
+        path.write_text(json.dumps([splits.dev.metrics(student), splits.dev.metrics(teacher)]), "utf-8")
+    before, teachers = json.loads(path.read_text("utf-8"))
+    return before, teachers
+
+
+def _record(
+    preset: Preset, recipes: dict[str, StageRecipe], models: Models, splits: Splits | None, **more: Any
+) -> dict[str, Any]:
+    """What has to be the same when a run is resumed."""
+    return {
+        "preset": preset.data,
+        "stages": list(recipes),
+        "task": None if models.task is None else dataclasses.asdict(models.task),
+        "train": None if splits is None or splits.train is None else splits.train._fingerprint,
+        "teacher parameters": count_params(models.teacher),
+        "base parameters": count_params(models.base),
+        "own student": None if models.student is None else count_params(models.student),
+        **more,
+    }
+
+
+def _result(folder: Path, stage: Stage, dev: DevSet | None) -> StageResult:
+    """Read from the stage's log, which is there even if an earlier process wrote it."""
+    lines = [json.loads(line) for line in (folder / stage.name / LOG).read_text("utf-8").splitlines()]
+    names = () if dev is None else dev.task.metrics
+    scores = (
+        [(line["step"], {name: line[f"eval_{name}"] for name in names}) for line in lines if f"eval_{names[0]}" in line]
+        if names
+        else []
+    )
+    steps = max((line["step"] for line in lines), default=0)
+    best, metrics = max(scores, key=lambda entry: entry[1][names[0]], default=(steps, {}))
+    losses = [line for line in lines if "loss" in line]
+    if not losses:
+        raise DistillError(f"the log of stage {stage.name} in {folder} has no loss; it is damaged")
+    return StageResult(
+        name=stage.name,
+        steps=steps,
+        best_step=best,
+        metrics=metrics,
+        loss={name: value for name, value in losses[-1].items() if name.startswith("loss")},
+        time_s=lines[-1]["time_s"],
+        curve=tuple(scores),
+    )
