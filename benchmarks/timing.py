@@ -12,12 +12,26 @@ from typing import Any, final
 
 from benchmarks.machine import ROOT, peak_memory_bytes
 
+BLOCK_S = 0.002
+"""A block's figure is the mean of as many calls as fill this time, at least one."""
+
 
 def time_call(call: Callable[[], object]) -> float:
     """Seconds that a call takes."""
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
+
+
+def timed_block(call: Callable[[Any], object], x: Any) -> Callable[[], float]:
+    """A task that returns seconds per call with `x`, after two calls that do not count."""
+    call(x)
+    number = max(1, int(BLOCK_S / max(time_call(lambda: call(x)), 1e-9)))
+
+    def block() -> float:
+        return time_call(lambda: [call(x) for _ in range(number)] and None) / number
+
+    return block
 
 
 def interleave(

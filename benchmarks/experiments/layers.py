@@ -1,8 +1,12 @@
 """One factorised layer against the dense one: forward, training step, and what is kept for the backward pass.
 
 The yardstick is the limit: multiply-adds of the dense layer / multiply-adds of the structure. A speed-up that reaches
-it does its products as fast as a dense layer does. Below it stands what no layer can beat: reading the input and
-writing the output once.
+it does its products as fast as a dense layer does.
+
+At few tokens or small layers that is out of reach of any two products: calls cost what they cost. So the same rounds
+time a floor: two bare calls of 1 x 1 products, and reading the input and writing the output once (in a training step
+with the engine's way back through the two calls, the bias's gradient, and writing the input's). What is possible is
+`floor + (dense - floor) / limit`; a layer's share of that stands beside its share of the bare limit.
 """
 
 import ctypes
@@ -15,10 +19,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, final
 
 from benchmarks.experiments import Experiment, Outcome, SuiteError
-from benchmarks.timing import interleave, median_ratio, time_call
+from benchmarks.timing import interleave, median_ratio, timed_block
 
-BLOCK_S = 0.002
-"""A figure is the mean of as many calls as fill this time, at least one."""
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Of glibc's `mallopt`."""
 
@@ -70,25 +72,24 @@ class Layers(Experiment):
             }
             for name, layer in layers.items()
         }
-        floors: dict[str, float] = {}
+        floors: dict[str, dict[str, float]] = {"forward": {}, "step": {}}
+
+        def measure(kind: str, tasks: dict[str, Callable[[], float]], count: int) -> None:
+            times = interleave(tasks, self.repeats, collect=False)
+            floors[kind][str(count)] = median_ratio(times["dense"], times["floor"])
+            for name in layers:
+                figures[name][kind][str(count)] = median_ratio(times["dense"], times[name])
+
         for count in self.tokens:
             with torch.inference_mode():
                 x = self._input(dense, count)
-                tasks = {name: _timed(call, x) for name, call in run.items()}
-                times = interleave(
-                    {**tasks, "floor": _timed(_touch(dense.out_features), x)}, self.repeats, collect=False
-                )
-            floors[str(count)] = median_ratio(times["dense"], times["floor"])
-            for name in layers:
-                figures[name]["forward"][str(count)] = median_ratio(times["dense"], times[name])
+                tasks = {name: timed_block(call, x) for name, call in run.items()}
+                measure("forward", {**tasks, "floor": timed_block(_touch(dense.out_features), x)}, count)
         for count in self.step_tokens:
             x = self._input(dense, count).requires_grad_()
             upstream = torch.randn(count, dense.out_features).to(dense.weight.dtype)
-            times = interleave(
-                {n: _timed(_step(call, upstream), x) for n, call in run.items()}, self.repeats, collect=False
-            )
-            for name in layers:
-                figures[name]["step"][str(count)] = median_ratio(times["dense"], times[name])
+            tasks = {name: timed_block(_step(call, upstream), x) for name, call in run.items()}
+            measure("step", {**tasks, "floor": timed_block(_touch_step(upstream), x)}, count)
         return Outcome({"structures": figures, "floor": floors}, skipped)
 
     def _layers(self) -> tuple[Any, dict[str, Any]]:
@@ -128,21 +129,31 @@ class Layers(Experiment):
     def row(cls, configuration: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[str, str]:
         found = list(figures["structures"].values())
         kinds: Sequence[tuple[Literal["forward", "step"], str]] = (("forward", "tokens"), ("step", "step_tokens"))
-        shares = {
-            f"{kind}, {count} tokens": _summary([f[kind][str(count)] / f["limit"] for f in found])
-            for kind, option in kinds
-            for count in configuration[option]
+        shares = {}
+        for kind, option in kinds:
+            for count in map(str, configuration[option]):
+                floor = 1 / figures["floor"][kind][count]
+                bare = [f[kind][count] / f["limit"] for f in found]
+                above = [f[kind][count] * _possible(floor, f["limit"]) for f in found]
+                shares[f"{kind}, {count} tokens"] = f"{_summary(bare)}; {_summary(above)}"
+        slower = {
+            count: sum(f["limit"] > 1 and f["forward"][count] < 1 for f in found)
+            for count in map(str, configuration["tokens"])
         }
-        slower = sum(f["limit"] > 1 and speed < 1 for f in found for speed in f["forward"].values())
         return {
             "method": configuration["method"],
             "shape": configuration["shape"],
             "how": f"{configuration['dtype']}, {configuration['mode']}, {configuration['memory']} memory",
             "structures": str(len(found)),
             **shares,
-            "slower than dense": str(slower),
+            "slower than dense at": ", ".join(f"{count}: {n}" for count, n in slower.items() if n) or "none",
             "kept / dense": f"{max(f['kept'] for f in found):.2f}",
         }
+
+
+def _possible(floor: float, limit: float) -> float:
+    """The least time of a structure / the dense layer's, from the floor's / the dense layer's and the limit."""
+    return floor + max(1 - floor, 0) / limit
 
 
 def _summary(shares: Sequence[float]) -> str:
@@ -159,20 +170,36 @@ def _keep_memory() -> dict[str, str]:
     return {}
 
 
-def _timed(call: Callable[[Any], object], x: Any) -> Callable[[], float]:
-    """A task that returns seconds per call, after two calls that do not count."""
-    call(x)
-    number = max(1, int(BLOCK_S / max(time_call(lambda: call(x)), 1e-9)))
-
-    def block() -> float:
-        return time_call(lambda: [call(x) for _ in range(number)] and None) / number
-
-    return block
-
-
 def _touch(out_features: int) -> Callable[[Any], object]:
-    """Reads the input once and writes an output once."""
-    return lambda x: (x.sum(), x.new_empty(x.shape[0], out_features).fill_(0))
+    """Calls two products of next to nothing, reads the input once and writes an output once."""
+    import torch
+
+    one = torch.ones(1, 1)
+    return lambda x: (torch.mm(torch.mm(one, one), one), _pass(x, x.shape[0], out_features))
+
+
+def _pass(x: Any, tokens: int, features: int) -> None:
+    x.sum()
+    x.new_empty(tokens, features).fill_(0)
+
+
+def _touch_step(upstream: Any) -> Callable[[Any], object]:
+    """The same and its way back: gradients of the two products, the bias's gradient, an input's gradient written."""
+    import torch
+
+    ones = [torch.ones(1, 1, requires_grad=True) for _ in range(3)]
+    grad = torch.ones(1, 1)
+
+    def step(x: Any) -> None:
+        for one in ones:
+            one.grad = None
+        torch.mm(torch.mm(ones[0], ones[1]), ones[2]).backward(grad)
+        with torch.no_grad():
+            _pass(x, *upstream.shape)
+            upstream.sum(0)
+            x.new_empty(x.shape).fill_(0)
+
+    return step
 
 
 def _step(call: Any, upstream: Any) -> Callable[[Any], object]:
