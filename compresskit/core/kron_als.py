@@ -134,8 +134,7 @@ class Blocks:
         """g (terms * q, terms * q)."""
         (_, q, _, s), k = self.size, len(wide)
         if q == 1:
-            normal: Tensor = (wide @ self.cols.view(s, s)).flatten(1) @ self.weigh_inner(wide.flatten(1)).T
-            return normal
+            return (wide @ self.cols.view(s, s)).flatten(1) @ self.weigh_inner(wide.flatten(1)).T
         side = by_rows(wide)
         pairs = (side.T @ self.inner.before(side)).view(k, s, k, s).transpose(1, 2)  # <wide_k, Q wide_l> by columns
         return (pairs.reshape(k * k, s * s) @ self.cols.T).view(k, k, q, q).transpose(1, 2).reshape(k * q, k * q)
@@ -155,7 +154,8 @@ class Blocks:
 
 def _leading(blocks: Tensor, terms: int) -> Tensor:
     """Left singular vectors of blocks (p * q, r * s), one a row."""
-    return torch.linalg.eigh(block_gram(blocks)).eigenvectors[:, -terms:].flip(-1).T
+    vectors: Tensor = torch.linalg.eigh(block_gram(blocks)).eigenvectors
+    return vectors[:, -terms:].flip(-1).T
 
 
 def by_rows(factors: Tensor) -> Tensor:
