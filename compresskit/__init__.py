@@ -13,6 +13,7 @@ from typing import Any
 
 import compresskit.decompositions  # noqa: F401 - registers them
 from compresskit.api import apply, compress, plan
+from compresskit.calibration import Calibration, calibrate, load_calibration
 from compresskit.core.cost import MACHINE, Gemm, Machine, Pass, Rates, dense_operations
 from compresskit.core.decomposition import Analysis, Decomposition, Fitted
 from compresskit.core.importance import Importance
@@ -36,6 +37,7 @@ __all__ = [
     "MACHINE",
     "SVD",
     "Analysis",
+    "Calibration",
     "CompresskitError",
     "Decomposition",
     "FactorizedEmbedding",
@@ -55,6 +57,7 @@ __all__ = [
     "TensorSpec",
     "__version__",
     "apply",
+    "calibrate",
     "compress",
     "decomposition",
     "dense_operations",
@@ -63,6 +66,7 @@ __all__ = [
     "find_sites",
     "install_",
     "layout_of",
+    "load_calibration",
     "methods",
     "plan",
     "plan_from_json",

@@ -6,11 +6,16 @@ from typing import Any
 
 from torch import nn
 
+from compresskit.calibration import Calibration, Refine, calibrate
+from compresskit.calibration.data import Batch
+from compresskit.calibration.sequential import fit_in_order
+from compresskit.calibration.weights import importances_of
 from compresskit.core.decomposition import Decomposition
+from compresskit.core.importance import Importance
 from compresskit.core.registry import decomposition
-from compresskit.errors import PlanError
+from compresskit.errors import CalibrationError, PlanError
 from compresskit.hub import check_unquantized, mark_compressed
-from compresskit.surgery.apply import Report, apply_
+from compresskit.surgery.apply import Report, SiteFit, apply_
 from compresskit.surgery.budget import param_budget
 from compresskit.surgery.plan import Plan
 from compresskit.surgery.pricing import OnProgress, Planned, make_plan
@@ -34,6 +39,10 @@ def compress(
     speed: float | None = None,
     uniform: bool = False,
     allow_slower: bool = False,
+    calibration: Calibration | None = None,
+    samples: Sequence[Batch] | None = None,
+    sequential: bool = False,
+    refine: Refine | None = None,
     on_progress: OnProgress | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> Report:
@@ -57,6 +66,13 @@ def compress(
             plan is the same everywhere.
         uniform: layers of one shape get one structure, as the papers do.
         allow_slower: permit structures that are expected to run slower than the dense layer.
+        calibration: what the layers see, from `calibrate`: errors are then those of the layers' outputs on the samples,
+            for the budget and for the fits, and biases take up the mean error. Methods with a data-aware fit only.
+        samples: batches, as `list(read_batches(...))`, that `sequential` and `refine` run on; without `calibration`,
+            the model is calibrated on them.
+        sequential: fit layer after layer to the dense answers on what the compressed layers before give. About eight
+            more passes over the samples, and the memory of a second model.
+        refine: then train the factors of each layer of the transformer to answer as the dense one, without labels.
         on_progress: called after each layer.
         provenance: plain data that a saved checkpoint keeps, beside our own.
 
@@ -68,14 +84,39 @@ def compress(
         PlanError: a pattern matches nothing, or the plan is for another model.
         WeightError: a weight holds NaN or infinity.
         UnknownNameError: no such method.
+        CalibrationError: the calibration was made for another model.
+        OptionError: a method has no data-aware fit.
         CheckpointError: another library has quantised the model.
     """
     started = time.perf_counter()
     check_unquantized(model)
+    calibration, importances = _importances(model, calibration, samples, sequential=sequential, refine=refine)
     planned = _plan(
-        model, method, ratio, params, keep, include, exclude, rules, max_macs, speed, uniform, allow_slower, on_progress
+        model,
+        method,
+        ratio,
+        params,
+        keep,
+        include,
+        exclude,
+        rules,
+        max_macs,
+        speed,
+        uniform,
+        allow_slower,
+        importances,
+        on_progress,
     )
-    report = apply_(model, planned.plan, analyses=planned.analyses, on_progress=on_progress, started=started)
+    report = apply_(
+        model,
+        planned.plan,
+        analyses=planned.analyses,
+        importances=importances,
+        fits=_fits(model, planned.plan, importances, samples, sequential, refine, on_progress),
+        calibration=_facts(calibration, sequential=sequential, refine=refine),
+        on_progress=on_progress,
+        started=started,
+    )
     mark_compressed(model, provenance)
     return report
 
@@ -84,10 +125,17 @@ def apply(
     model: nn.Module,
     plan: Plan,
     *,
+    calibration: Calibration | None = None,
+    samples: Sequence[Batch] | None = None,
+    sequential: bool = False,
+    refine: Refine | None = None,
     on_progress: OnProgress | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> Report:
     """Do what a plan says, one made by `plan` or read by `plan_from_json`. In place; all or nothing, like `compress`.
+
+    Args:
+        calibration, samples, sequential, refine: fit to data, as in `compress`.
 
     Raises:
         PlanError: the plan is for another model.
@@ -95,7 +143,17 @@ def apply(
         CheckpointError: another library has quantised the model.
     """
     check_unquantized(model)
-    report = apply_(model, plan, on_progress=on_progress)
+    started = time.perf_counter()
+    calibration, importances = _importances(model, calibration, samples, sequential=sequential, refine=refine)
+    report = apply_(
+        model,
+        plan,
+        importances=importances,
+        fits=_fits(model, plan, importances, samples, sequential, refine, on_progress),
+        calibration=_facts(calibration, sequential=sequential, refine=refine),
+        on_progress=on_progress,
+        started=started,
+    )
     mark_compressed(model, provenance)
     return report
 
@@ -114,11 +172,26 @@ def plan(
     speed: float | None = None,
     uniform: bool = False,
     allow_slower: bool = False,
+    calibration: Calibration | None = None,
     on_progress: OnProgress | None = None,
 ) -> Plan:
     """What `compress` would do, as data; arguments and errors are the same. The model is not changed."""
+    _, importances = _importances(model, calibration, None)
     return _plan(
-        model, method, ratio, params, keep, include, exclude, rules, max_macs, speed, uniform, allow_slower, on_progress
+        model,
+        method,
+        ratio,
+        params,
+        keep,
+        include,
+        exclude,
+        rules,
+        max_macs,
+        speed,
+        uniform,
+        allow_slower,
+        importances,
+        on_progress,
     ).plan
 
 
@@ -135,6 +208,7 @@ def _plan(
     speed: float | None,
     uniform: bool,
     allow_slower: bool,
+    importances: Mapping[str, Importance],
     on_progress: OnProgress | None,
 ) -> Planned:
     survey = find_sites(model)
@@ -156,8 +230,49 @@ def _plan(
         speed=speed,
         uniform=uniform,
         allow_slower=allow_slower,
+        importances=importances,
         on_progress=on_progress,
     )
+
+
+def _importances(
+    model: nn.Module,
+    calibration: Calibration | None,
+    samples: Sequence[Batch] | None,
+    *,
+    sequential: bool = False,
+    refine: Refine | None = None,
+) -> tuple[Calibration | None, dict[str, Importance]]:
+    """The calibration, collected if there is none yet, and what it says about each site."""
+    if samples is None and (sequential or refine is not None):
+        raise CalibrationError("sequential and refine run on samples: give samples=list(read_batches(...))")
+    if calibration is None and samples is not None:
+        calibration = calibrate(model, samples, samples=sum(len(next(iter(batch.values()))) for batch in samples) or 1)
+    return calibration, {} if calibration is None else importances_of(calibration, model)
+
+
+def _fits(
+    model: nn.Module,
+    plan: Plan,
+    importances: Mapping[str, Importance],
+    samples: Sequence[Batch] | None,
+    sequential: bool,
+    refine: Refine | None,
+    on_progress: OnProgress | None,
+) -> dict[str, SiteFit] | None:
+    """Fits that follow the order of the layers; None if none are asked for."""
+    if samples is None or not (sequential or refine is not None):
+        return None
+    return fit_in_order(
+        model, plan, samples, importances, compensate=sequential, refine=refine, on_progress=on_progress
+    )
+
+
+def _facts(calibration: Calibration | None, *, sequential: bool, refine: Refine | None) -> dict[str, Any] | None:
+    if calibration is None:
+        return None
+    how = {"sequential": sequential, "refine_epochs": None if refine is None else refine.epochs}
+    return {**calibration.to_json(), **how, "warnings": calibration.warnings()}
 
 
 def _patterns(patterns: str | Sequence[str]) -> list[str]:

@@ -49,6 +49,10 @@ class DataError(CompresskitError, ValueError):
     """Data of a task is missing, malformed, or does not fit the task or the model."""
 
 
+class CalibrationError(CompresskitError, ValueError):
+    """Calibration has no data to go by, met values that are not finite, or was made for another model."""
+
+
 class TrainingError(CompresskitError, RuntimeError):
     """Training cannot start, cannot be resumed, or has diverged."""
 

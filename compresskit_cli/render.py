@@ -24,7 +24,7 @@ GAP = 2
 MIN_FOLDED = 18
 """Text is not folded to less than this."""
 
-STAGES = {"analyse": "analysing", "fit": "fitting"}
+STAGES = {"calibrate": "calibrating", "analyse": "analysing", "fit": "fitting", "refine": "refining"}
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -100,7 +100,7 @@ def progress_bar() -> Iterator["OnProgress"]:
     from rich.table import Column
 
     columns = (
-        bars.TextColumn("{task.description:<10}", markup=False),
+        bars.TextColumn("{task.description:<11}", markup=False),
         bars.BarColumn(bar_width=30),
         bars.MofNCompleteColumn(),
         bars.TimeRemainingColumn(),
@@ -118,7 +118,7 @@ def progress_bar() -> Iterator["OnProgress"]:
         yield show
 
 
-def plan(plan: "Plan") -> None:
+def plan(plan: "Plan", *, calibrated: bool = False) -> None:
     """One row per site, then the sums and what stays dense."""
     rows = [
         (
@@ -142,7 +142,8 @@ def plan(plan: "Plan") -> None:
     say(f"Multiply-adds (MACs) per token in these layers: {count(plan.dense_macs)} -> {count(plan.macs)}.")
     say(f"Expected speed-up of these layers together: {plan.speedup:.2f} (128 tokens, two CPU cores; not measured).")
     warn_slower([p.site.name for p in plan.sites if p.slower])
-    say("Errors are relative to the norm of the weight (Frobenius) and expected, not yet measured.")
+    of_what = "of the layer's output on the samples" if calibrated else "of the weight (Frobenius)"
+    say(f"Errors are relative to the norm {of_what} and expected, not yet measured.")
 
 
 def report(report: "Report") -> None:
@@ -151,15 +152,19 @@ def report(report: "Report") -> None:
     for group, sites in report.by_group().items():
         before, after = sum(s.params_before for s in sites), sum(s.params_after for s in sites)
         errors = [s.relative_error for s in sites]
+        weighted = [s.weighted_error for s in sites if s.weighted_error is not None]
         kinds = sorted({s.structure for s in sites})
         methods = " and ".join(sorted({s.method for s in sites}))
         structures = foldable(kinds[0]) if len(kinds) == 1 else f"{methods}, {len(kinds)} sizes"
         mean, worst = sum(errors) / len(errors), max(errors)
-        rows.append(
-            (group, len(sites), structures, count(after), f"{before / after:.1f}", f"{mean:.3f}", f"{worst:.3f}")
-        )
-    table("Replaced layers", ("layers", "number", "structure", "params", "ratio", "error", "worst"), rows)
+        output = (f"{sum(weighted) / len(weighted):.3f}" if weighted else "",) if report.calibration else ()
+        sizes = (count(after), f"{before / after:.1f}")
+        rows.append((group, len(sites), structures, *sizes, f"{mean:.3f}", f"{worst:.3f}", *output))
+    columns = ("layers", "number", "structure", "params", "ratio", "error", "worst")
+    table("Replaced layers", (*columns, *(("output error",) if report.calibration else ())), rows)
     left_dense(report.left)
+    for warning in (report.calibration or {}).get("warnings", ()):
+        say(f"Warning: {warning}")
     warn_slower([s.name for s in report.sites if s.slower])
 
 

@@ -22,16 +22,19 @@ LAYERS = {
     "decompositions": {"errors", "core"},
     "testing": {"errors", "core"},
     "surgery": {"errors", "options", "core"},
+    "texts": {"errors"},
+    "calibration": {"errors", "options", "core", "surgery", "texts"},
     "hub": {"errors", "version", "core", "surgery"},
     "distill": {"errors", "options", "registration"},
-    "tasks": {"errors", "hub", "distill"},
-    "api": {"errors", "core", "surgery", "hub"},
+    "tasks": {"errors", "hub", "distill", "texts"},
+    "api": {"errors", "core", "surgery", "hub", "calibration"},
     "recipes": {"errors", "options", "registration", "core", "surgery", "hub", "distill", "tasks", "api"},
 }
 """What each part of compresskit may import from the others; `__init__` collects the public names from all."""
 
 PUBLIC_MODULES = (
     "compresskit",
+    "compresskit.calibration",
     "compresskit.distill",
     "compresskit.errors",
     "compresskit.hub",

@@ -49,6 +49,15 @@ def cut(weight: Tensor, grid: Grid) -> Tensor:
     return weight.view(r, p, s, q).permute(1, 3, 0, 2).reshape(p * q, r * s)
 
 
+def uncut(blocks: Tensor, grid: Grid, rows: int, cols: int) -> Tensor:
+    """The weight (rows, cols) that `cut` makes these blocks of; padded rows are dropped."""
+    p, q = grid.p, grid.q
+    r, s = -(-rows // p), cols // q
+    grids = blocks.view(p, q, r, s)
+    order = (0, 2, 1, 3) if grid.left else (2, 0, 3, 1)
+    return grids.permute(order).reshape(p * r, cols)[:rows]
+
+
 @functools.lru_cache(maxsize=256)
 def cover(grids: tuple[Grid, ...], rows: int, cols: int, max_size: int) -> Mapping[Grid, Sequence[tuple[Grid, Grid]]]:
     """Grids whose Gram matrices are computed; for each, those of `grids` that it serves, and what each is traced from.

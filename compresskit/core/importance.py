@@ -130,6 +130,13 @@ class Moment:
     def is_identity(self) -> bool:
         return self.values is None
 
+    def dense(self, n: int, *, like: Tensor) -> Tensor:
+        """The matrix (n, n), with the dtype and on the device of `like`."""
+        if self.values is None:
+            return torch.eye(n, dtype=like.dtype, device=like.device)
+        values = self.values.to(like.device, like.dtype)
+        return values.diag() if values.dim() == 1 else values
+
     def after(self, matrix: Tensor) -> Tensor:
         """matrix @ self."""
         if self.values is None:

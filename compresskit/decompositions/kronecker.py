@@ -3,7 +3,8 @@
 Sources: Van Loan and Pitsianis, "Approximation with Kronecker products" (1993), for the fit; Tahaei et al.,
 "KroneckerBERT" (NAACL 2022), for its use in a transformer. Ours: the small factor stands on the left by
 default, which makes the wide factor one large GEMM without a transposed copy and, measured on a pretrained
-encoder, fits better; `small=right` is the papers' A (x) B.
+encoder, fits better; `small=right` is the papers' A (x) B. Weighted by what a layer sees (`importance`), both factors
+are fitted in turn, each by exact least squares (core/kron_als.py); there the two orders fit about equally well.
 """
 
 import math
@@ -19,7 +20,9 @@ from torch.nn import functional as F
 from compresskit.core.cost import Gemm, Operation, Pass
 from compresskit.core.decomposition import Analysis, Decomposition, squared_norm
 from compresskit.core.grids import Grid, block_gram, coarsen, cover, cut
+from compresskit.core.importance import Importance
 from compresskit.core.kron import KronForm, kron_linear, swaps
+from compresskit.core.kron_weighted import Shape, WeightedSums
 from compresskit.core.registry import register
 from compresskit.core.structure import Factor, Structure, TensorSpec, linear, plain_matrix, tensor_of
 from compresskit.errors import OptionError, StructureError
@@ -213,6 +216,7 @@ class Kronecker(Decomposition):
             budget choose.
         left: fixed shape (p, q) of the left factor; the right one follows. None: the budget chooses.
         right: fixed shape (r, s) of the right factor.
+        rounds: of alternating least squares, at most, where a fit is weighted; 0 solves for the wide factor only.
     """
 
     name: ClassVar[str] = "kronecker"
@@ -224,10 +228,13 @@ class Kronecker(Decomposition):
     small: Literal["left", "right", "both"] = "left"
     left: tuple[int, int] | None = None
     right: tuple[int, int] | None = None
+    rounds: int = 25
 
     def __post_init__(self) -> None:
         if self.terms < 1:
             raise OptionError(f"terms is a number of Kronecker products, at least 1; got {self.terms}")
+        if self.rounds < 0:
+            raise OptionError(f"rounds is a number of rounds of a weighted fit, at least 0; got {self.rounds}")
         for side in (self.left, self.right):
             if side is not None and min(side) < 1:
                 raise OptionError(f"the sizes of a Kronecker factor are at least 1; got {side}")
@@ -253,6 +260,9 @@ class Kronecker(Decomposition):
 
     def analyse(self, weight: Tensor) -> Analysis:
         return _KroneckerAnalysis(weight)
+
+    def analyse_weighted(self, weight: Tensor, importance: Importance) -> Analysis:
+        return _WeightedAnalysis(weight, importance, self.rounds)
 
 
 def _small_shapes(rows: int, cols: int, *, lookup: bool) -> Iterator[tuple[int, int]]:
@@ -285,9 +295,16 @@ def _grid(structure: Structure) -> Grid:
 class _KroneckerAnalysis(Analysis):
     """Gram matrices of the blocks of W: one of a fine grid, its partial traces are those of the coarser ones."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, scaled: Tensor | None = None) -> None:
+        """Analyse a weight.
+
+        Args:
+            scaled: the weight with each row times the root of its importance, to choose the small factors by. Where
+                each row has a wide row of its own (p = 1), the best wide factors for them depend on no importance.
+        """
         self._weight = weight
-        self._energy = squared_norm(weight)
+        self._scaled = weight if scaled is None else scaled
+        self._energy = squared_norm(self._scaled)
         self._spectra: dict[Grid, list[float]] = {}
 
     def squared_errors(self, structures: Sequence[Structure]) -> list[float]:
@@ -303,7 +320,7 @@ class _KroneckerAnalysis(Analysis):
         missing = sorted(grids - self._spectra.keys())
         by_size: dict[int, list[tuple[Grid, Tensor]]] = {}
         for fine, coarser in cover(tuple(missing), *self._weight.shape, MAX_SMALL_SIZE).items():
-            grams = {fine: block_gram(cut(self._weight, fine))}
+            grams = {fine: block_gram(cut(self._scaled, fine))}
             for grid, source in coarser:
                 grams[grid] = coarsen(grams[source], source, grid)
                 by_size.setdefault(grid.size, []).append((grid, grams[grid]))
@@ -315,10 +332,48 @@ class _KroneckerAnalysis(Analysis):
         assert isinstance(structure, KroneckerSum)
         (p, q), (r, s), k = structure.small, structure.wide, structure.terms
         blocks = cut(self._weight, _grid(structure))
-        _, vectors = torch.linalg.eigh(block_gram(blocks).double())
+        scaled = blocks if self._scaled is self._weight else cut(self._scaled, _grid(structure))
+        _, vectors = torch.linalg.eigh(block_gram(scaled).double())
         top = vectors[:, -k:].flip(-1).T.to(self._weight.dtype)  # (terms, p * q)
         top = top * torch.sign(top.gather(-1, top.abs().argmax(-1, keepdim=True)))  # eigenvectors have no sign
         wide = top @ blocks  # (terms, r * s)
         scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).sqrt()  # split evenly: both train at one scale
         wide = torch.where(scale > 0, wide / scale, 0.0)
         return structure.pack((top * scale).view(k, p, q), wide.view(k, r, s))
+
+
+@final
+class _WeightedAnalysis(Analysis):
+    """Alternating least squares; an embedding whose rows count differently has a closed form."""
+
+    def __init__(self, weight: Tensor, importance: Importance, rounds: int) -> None:
+        self._sums = WeightedSums(weight, importance, rounds)
+        self._rows: _KroneckerAnalysis | None = None
+        metric = importance.metric(weight)
+        if metric.cols.is_identity and metric.rows.values is not None and metric.rows.values.dim() == 1:
+            self._rows = _KroneckerAnalysis(weight, metric.rows.root().before(weight.double()).to(weight.dtype))
+            self._scale = metric.scale
+
+    def squared_errors(self, structures: Sequence[Structure]) -> list[float]:
+        closed = [structure for structure in structures if self._has_closed_form(structure)]
+        others = [structure for structure in structures if not self._has_closed_form(structure)]
+        prices = dict(zip(others, self._sums.prices([_shape(s) for s in others]), strict=True))
+        if self._rows is not None:
+            errors = [self._scale * error for error in self._rows.squared_errors(closed)]
+            prices.update(zip(closed, errors, strict=True))
+        return [prices[structure] for structure in structures]
+
+    def factors(self, structure: Structure) -> dict[str, Tensor]:
+        assert isinstance(structure, KroneckerSum)
+        if self._rows is not None and self._has_closed_form(structure):
+            return self._rows.factors(structure)
+        small, wide = self._sums.fit(_shape(structure))
+        return structure.pack(small.view(-1, *structure.small), wide.view(-1, *structure.wide))
+
+    def _has_closed_form(self, structure: Structure) -> bool:
+        return self._rows is not None and _grid(structure).p == 1
+
+
+def _shape(structure: Structure) -> Shape:
+    assert isinstance(structure, KroneckerSum)
+    return Shape(_grid(structure), structure.terms, structure.num_params)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compresskit.core.decomposition import Analysis, Fitted, as_matrix, module_from, squared_norm
+from compresskit.core.importance import Importance
 from compresskit.core.modules import FactorizedEmbedding
 from compresskit.errors import PlanError, WeightError
 from compresskit.surgery.layout import swap_
@@ -21,11 +22,21 @@ from compresskit.surgery.sites import Refusal, count_params, find_sites, site_we
 
 @final
 @dataclass(frozen=True)
+class SiteFit:
+    """A fit of one site, and the mean error of the output (rows,), which the biases of its layers take up, or None."""
+
+    fitted: Fitted
+    bias_change: Tensor | None
+
+
+@final
+@dataclass(frozen=True)
 class SiteReport:
     """What became of one site: its new structure and the error that was measured after the fit.
 
     Times are expected, for `cost.TOKENS` tokens on the machine that plans are made for. `slower`: more multiply-adds
-    than dense, or expected to take notably longer.
+    than dense, or expected to take notably longer. `weighted_error`: of the layer's output on the samples, relative;
+    None where it was fitted without data.
     """
 
     name: str
@@ -41,6 +52,7 @@ class SiteReport:
     slower: bool
     expected_error: float | None
     relative_error: float
+    weighted_error: float | None = None
 
 
 @final
@@ -58,6 +70,10 @@ class Report:
         relative_error: over all replaced weights together (Frobenius).
         gap: of the plan: proven distance from the least loss that the priced structures reach in the budget.
         time_s: analysing, choosing and fitting.
+        weighted_error: root mean square of the sites' weighted errors, each as often as it has parameters; None where
+            no site was fitted to data.
+        corrected_biases: biases that took up the mean error of their layer.
+        calibration: facts and warnings about the data that was fitted to, plain; None without.
     """
 
     sites: tuple[SiteReport, ...]
@@ -72,6 +88,9 @@ class Report:
     relative_error: float
     gap: float | None
     time_s: float
+    weighted_error: float | None = None
+    corrected_biases: int = 0
+    calibration: Mapping[str, Any] | None = None
 
     @property
     def ratio(self) -> float:
@@ -123,6 +142,9 @@ def apply_(
     plan: Plan,
     *,
     analyses: Mapping[str, Analysis] | None = None,
+    importances: Mapping[str, Importance] | None = None,
+    fits: Mapping[str, SiteFit] | None = None,
+    calibration: Mapping[str, Any] | None = None,
     on_progress: OnProgress | None = None,
     started: float | None = None,
 ) -> Report:
@@ -130,6 +152,9 @@ def apply_(
 
     Args:
         analyses: by site name, from `make_plan` of this very model; what is missing is computed here.
+        importances: by site name; one with a mean has the bias take up the mean error.
+        fits: by site name, made already (sequential fits); what is missing is fitted here.
+        calibration: for the report.
         started: `time.perf_counter()` when the work began, for the report; by default now.
 
     Raises:
@@ -143,15 +168,26 @@ def apply_(
     _refuse_strangers(model, plan)
     modules: dict[str, nn.Module] = {}
     reports: list[SiteReport] = []
+    changes: dict[nn.Parameter, Tensor] = {}
     energy = lost = 0.0
     for planned in plan.sites:
-        fitted, norm = _fit(model, planned, (analyses or {}).get(planned.site.name))
-        modules.update(_modules(model, planned, fitted))
+        name = planned.site.name
+        fit = (fits or {}).get(name) or fit_site(
+            model, planned, (importances or {}).get(name), (analyses or {}).get(name)
+        )
+        _check_finite(planned, fit)
+        fitted, norm = fit.fitted, math.sqrt(squared_norm(as_matrix(site_weight(model, planned.site))))
+        changes.update(_bias_changes(model, planned, fit))
+        modules.update(modules_of(model, planned, fitted))
         reports.append(_site_report(planned, fitted))
         energy, lost = energy + norm**2, lost + (norm * fitted.relative_error) ** 2
-        if on_progress is not None:
-            on_progress(Progress("fit", planned.site.name, len(reports), len(plan.sites), fitted.relative_error))
+        if on_progress is not None and fits is None:
+            error = fitted.relative_error if fitted.weighted_error is None else fitted.weighted_error
+            on_progress(Progress("fit", name, len(reports), len(plan.sites), error))
     swap_(model, modules)
+    with torch.no_grad():
+        for bias, change in changes.items():
+            bias.add_(change)
     return Report(
         sites=tuple(reports),
         left=plan.left,
@@ -165,7 +201,16 @@ def apply_(
         relative_error=math.sqrt(lost / energy) if energy else 0.0,
         gap=plan.gap,
         time_s=time.perf_counter() - started,
+        weighted_error=_weighted_error(reports),
+        corrected_biases=len(changes),
+        calibration=calibration,
     )
+
+
+def _weighted_error(reports: Sequence[SiteReport]) -> float | None:
+    weighted = [(site.params_before, site.weighted_error) for site in reports if site.weighted_error is not None]
+    total = sum(params for params, _ in weighted)
+    return math.sqrt(sum(params * error**2 for params, error in weighted) / total) if total else None
 
 
 def _refuse_strangers(model: nn.Module, plan: Plan) -> None:
@@ -179,17 +224,32 @@ def _refuse_strangers(model: nn.Module, plan: Plan) -> None:
         )
 
 
-def _fit(model: nn.Module, planned: PlannedSite, analysis: Analysis | None) -> tuple[Fitted, float]:
-    """The fit and the norm of the weight."""
+def fit_site(
+    model: nn.Module, planned: PlannedSite, importance: Importance | None, analysis: Analysis | None = None
+) -> SiteFit:
+    """The fit of one site. Reads the model only.
+
+    Raises:
+        WeightError: the weight or what was fitted holds NaN or infinity; names the site.
+    """
     site, decomposition = planned.site, planned.decomposition
     matrix = as_matrix(site_weight(model, site), f"the weight of {site.name!r}")
-    fitted = decomposition.fit_analysed(matrix, analysis or decomposition.analyse(matrix), planned.structure)
-    if not math.isfinite(fitted.relative_error):
-        raise WeightError(f"fitting {site.name!r} with {planned.structure} gave values that are not finite")
-    return fitted, math.sqrt(squared_norm(matrix))
+    analysis = analysis or decomposition.analyse_for(matrix, importance)
+    fitted = decomposition.fit_analysed(matrix, analysis, planned.structure, importance)
+    if importance is None or importance.mean is None:
+        return SiteFit(fitted, None)
+    return SiteFit(fitted, fitted.bias_change(matrix, importance.mean))
 
 
-def _modules(model: nn.Module, planned: PlannedSite, fitted: Fitted) -> dict[str, nn.Module]:
+def _check_finite(planned: PlannedSite, fit: SiteFit) -> None:
+    name = planned.site.name
+    if not math.isfinite(fit.fitted.relative_error):
+        raise WeightError(f"fitting {name!r} with {planned.structure} gave values that are not finite")
+    if fit.bias_change is not None and not torch.isfinite(fit.bias_change).all():
+        raise WeightError(f"the mean input of {name!r} gives a bias that is not finite")
+
+
+def modules_of(model: nn.Module, planned: PlannedSite, fitted: Fitted) -> dict[str, nn.Module]:
     """A module for each name of the site; tied ones hold the same parameters."""
     olds = {name: model.get_submodule(name) for name in planned.site.names}
     weight = next(iter(olds.values())).weight
@@ -203,6 +263,15 @@ def _modules(model: nn.Module, planned: PlannedSite, fitted: Fitted) -> dict[str
             f"factors of {planned.site.name!r} are too large for {weight.dtype}; load the model in float32"
         )
     return {name: module_from(fitted.structure, factors, old) for name, old in olds.items()}
+
+
+def _bias_changes(model: nn.Module, planned: PlannedSite, fit: SiteFit) -> dict[nn.Parameter, Tensor]:
+    """What is to be added to the biases of the site's layers."""
+    change = fit.bias_change
+    if change is None:
+        return {}
+    biases = [getattr(model.get_submodule(name), "bias", None) for name in planned.site.names]
+    return {bias: change.to(bias.device, bias.dtype) for bias in biases if isinstance(bias, nn.Parameter)}
 
 
 def _site_report(planned: PlannedSite, fitted: Fitted) -> SiteReport:
@@ -220,6 +289,7 @@ def _site_report(planned: PlannedSite, fitted: Fitted) -> SiteReport:
         slower=planned.slower,
         expected_error=planned.expected_error,
         relative_error=fitted.relative_error,
+        weighted_error=fitted.weighted_error,
     )
 
 

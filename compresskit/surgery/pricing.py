@@ -8,6 +8,7 @@ from typing import final
 from torch import nn
 
 from compresskit.core.decomposition import Analysis, Decomposition, as_matrix, squared_norm
+from compresskit.core.importance import Importance
 from compresskit.core.structure import Structure
 from compresskit.errors import BudgetError
 from compresskit.surgery.budget import Choice, TimeLimitError, least_time_ns, solve
@@ -81,12 +82,14 @@ def make_plan(
     speed: float | None = None,
     uniform: bool = False,
     allow_slower: bool = False,
+    importances: Mapping[str, Importance] | None = None,
     on_progress: OnProgress | None = None,
 ) -> Planned:
     """The plan that loses least within the budget. Reads the model, changes nothing.
 
     The loss is the squared relative error of a site times its number of parameters, summed: it does not depend on
-    the scale of a layer's weight, which the following normalisation undoes.
+    the scale of a layer's weight, which the following normalisation undoes. Where a site has an importance, the
+    error is weighted and relative to the weighted norm: the mean squared error of the layer's output over its variance.
 
     Args:
         assignment: which decomposition for which site, from `rules.assign`.
@@ -97,8 +100,10 @@ def make_plan(
         speed: expected time of the assigned sites while dense / as planned, at least; None: no limit.
         uniform: all sites of one shape and method get the same structure, as in the papers.
         allow_slower: also consider structures that take more multiply-adds than the dense layer, or longer.
+        importances: by site name, which errors matter.
 
     Raises:
+        OptionError: a site has an importance, and its decomposition no data-aware fit.
         BudgetError: the rules cannot reach the budget; says what they reach and what holds them back.
         WeightError: a weight holds NaN or infinity, or is no real matrix; names it.
     """
@@ -115,7 +120,7 @@ def make_plan(
         menus = _narrow(assignment, menus, limits, uniform=uniform)
     priced: list[_Priced] = []
     for site, decomposition in assignment.chosen:
-        priced.append(_price(model, site, decomposition, menus[site.name]))
+        priced.append(_price(model, site, decomposition, menus[site.name], (importances or {}).get(site.name)))
         if on_progress is not None:
             on_progress(Progress("analyse", site.name, len(priced), len(assignment.chosen)))
     if max_params is None:
@@ -262,11 +267,17 @@ def _least(site: Site, menu: Sequence[Structure]) -> int:
     return min((s.num_params + site.extra_params for s in menu), default=site.num_params)
 
 
-def _price(model: nn.Module, site: Site, decomposition: Decomposition, menu: Sequence[Structure]) -> _Priced:
+def _price(
+    model: nn.Module,
+    site: Site,
+    decomposition: Decomposition,
+    menu: Sequence[Structure],
+    importance: Importance | None,
+) -> _Priced:
     weight = site_weight(model, site)
     matrix = as_matrix(weight, f"the weight of {site.name!r}")
-    analysis = decomposition.analyse(matrix)
-    energy = squared_norm(matrix)
+    analysis = decomposition.analyse_for(matrix, importance)
+    energy = squared_norm(matrix) if importance is None else importance.squared_norm(matrix)
     squared = analysis.squared_errors(menu)
     errors = [0.0 if energy == 0 else error / energy for error in squared]
     same_memory = matrix.data_ptr() == weight.data_ptr()  # a widened copy of every weight would double the memory

@@ -93,7 +93,7 @@ def tokenizer_for(folder: str | Path) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CheckpointError(f"there is no tokenizer in {folder} that transformers can open: {error}") from error
-    if not tokenizer.get_vocab():
+    if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):  # what transformers makes up without any file
         raise CheckpointError(f"there is no tokenizer in {folder}; copy the files of the original model's into it")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

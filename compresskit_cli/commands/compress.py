@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compresskit_cli.calibration_options import Samples, calibration_options, sequential_options
 from compresskit_cli.command import Command
 from compresskit_cli.options import Choice, choice_options, model_options, read_plan
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 @click.command(name="compress", cls=Command)
 @model_options
 @choice_options
+@calibration_options
+@sequential_options
 @click.option(
     "--plan", "plan_file", type=click.Path(path_type=Path), help="Replay a plan that `compresskit plan` wrote."
 )
@@ -40,6 +43,13 @@ def command(
     force: bool,
     measure: bool | None,
     as_json: bool,
+    calibrate: str | None,
+    samples: int | None,
+    max_length: int | None,
+    gradients: bool,
+    calibration: Path | None,
+    sequential: bool,
+    refine: int | None,
     **choice: Any,
 ) -> None:
     """Compress MODEL and save it as a Hugging Face checkpoint.
@@ -50,6 +60,7 @@ def command(
         compresskit compress bert-base-uncased --method kronecker --ratio 19
         compresskit compress ./model -m svd --keep 0.25 --exclude '*embeddings*'
         compresskit compress ./model -m svd --ratio 8 --rule '*attention*=kronecker:terms=2'
+        compresskit compress ./model -m svd --ratio 4 --calibrate texts
     """
     from compresskit import apply, compress, plan_from_json
     from compresskit.hub import check_output, model_card, save_checkpoint
@@ -58,6 +69,8 @@ def command(
     from compresskit_cli.speed import speedup, time_dense
 
     options = Choice(**choice)
+    texts = Samples(calibrate, samples, max_length, gradients, calibration, sequential, refine)
+    texts.check()
     arguments = None
     if plan_file is None:
         arguments = options.arguments()
@@ -68,14 +81,13 @@ def command(
     _spare_model(Path(model).expanduser(), output)
     data = None if plan_file is None else read_plan(plan_file)
     loaded, folder = load(model, revision=revision, dtype=dtype, device=device, seed=seed)
-    provenance = _provenance(model, revision, seed, options, plan_file)
+    provenance = _provenance(model, revision, seed, options, plan_file, texts)
     dense = time_dense(loaded, measure)
     with render.progress_bar() as on_progress:
-        if arguments is None:
-            plan = plan_from_json(data, loaded)
-            report = apply(loaded, plan, on_progress=on_progress, provenance=provenance)
-        else:
-            report = compress(loaded, **arguments, on_progress=on_progress, provenance=provenance)
+        plan = None if arguments is not None else plan_from_json(data, loaded)
+        how = texts.collect(loaded, folder, seed=seed, on_progress=on_progress)
+        how |= {"on_progress": on_progress, "provenance": provenance}
+        report = compress(loaded, **(arguments or {}), **how) if plan is None else apply(loaded, plan, **how)
     card = model_card(
         output.name,
         _facts(report),
@@ -125,7 +137,9 @@ def _default_name(model: str, options: Choice, plan_file: Path | None) -> str:
     return f"{base}-{options.method or 'rules'}{size}"
 
 
-def _provenance(model: str, revision: str | None, seed: int, options: Choice, plan_file: Path | None) -> dict[str, Any]:
+def _provenance(
+    model: str, revision: str | None, seed: int, options: Choice, plan_file: Path | None, texts: Samples
+) -> dict[str, Any]:
     """What a checkpoint remembers of the command. Folder names of this machine do not go into it."""
     from compresskit import __version__
 
@@ -134,7 +148,7 @@ def _provenance(model: str, revision: str | None, seed: int, options: Choice, pl
         "model": _name(model) if Path(model).expanduser().is_dir() else model,
         "revision": revision,
         "seed": seed,
-        "asked": options.given() if plan_file is None else {"plan": plan_file.name},
+        "asked": {**(options.given() if plan_file is None else {"plan": plan_file.name}), **texts.given()},
     }
 
 
@@ -153,6 +167,7 @@ def _facts(report: "Report") -> list[tuple[str, str]]:
         ("multiply-adds in replaced layers", f"{report.macs_ratio:.2f} times fewer"),
         ("expected speed-up of replaced layers", f"{report.expected_speedup:.2f} (128 tokens, two CPU cores)"),
         ("relative error of replaced weights", f"{report.relative_error:.4f}"),
+        *([] if report.weighted_error is None else [("relative error of outputs", f"{report.weighted_error:.4f}")]),
     ]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from compresskit_cli.calibration_options import Samples, calibration_options
 from compresskit_cli.command import Command
 from compresskit_cli.options import Choice, choice_options, model_options
 
@@ -14,6 +15,7 @@ from compresskit_cli.options import Choice, choice_options, model_options
 @click.command(name="plan", cls=Command)
 @model_options
 @choice_options
+@calibration_options
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Also write the plan to this JSON file.")
 @click.option("--force", is_flag=True, help="Replace an existing --output file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
@@ -26,6 +28,11 @@ def command(
     output: Path | None,
     force: bool,
     as_json: bool,
+    calibrate: str | None,
+    samples: int | None,
+    max_length: int | None,
+    gradients: bool,
+    calibration: Path | None,
     **choice: Any,
 ) -> None:
     """Show what compress would do, as data to edit and replay.
@@ -38,18 +45,21 @@ def command(
     from compresskit_cli.loading import load
 
     arguments = Choice(**choice).arguments()
+    texts = Samples(calibrate, samples, max_length, gradients, calibration)
+    texts.check()
     if output is not None:
         _check(output, force=force)
-    loaded, _ = load(model, revision=revision, dtype=dtype, device=device, seed=seed)
+    loaded, folder = load(model, revision=revision, dtype=dtype, device=device, seed=seed)
     with render.progress_bar() as on_progress:
-        made = plan(loaded, **arguments, on_progress=on_progress)
+        moments = texts.collect(loaded, folder, seed=seed, on_progress=on_progress).get("calibration")
+        made = plan(loaded, **arguments, calibration=moments, on_progress=on_progress)
     text = json.dumps(made.to_json(), indent=1)
     if output is not None:
         _write(output, text)
     if as_json:
         click.echo(text)
     else:
-        render.plan(made)
+        render.plan(made, calibrated=moments is not None)
         if output is not None:
             render.say(f"Written to {output}; replay it with: {shlex.join(_replay(model, revision, output))}")
 

@@ -26,13 +26,14 @@ REPORT = {
     *("output", "disk_bytes_before", "disk_bytes_after", "peak_memory_bytes", "compress_time_s", "time_s", "gap"),
     *("ratio", "site_ratio", "body_ratio", "bytes_ratio", "macs_ratio", "relative_error", "sites", "left"),
     *("coverage", "expected_speedup", "measured"),
+    *("weighted_error", "corrected_biases", "calibration"),
     *("params_before", "params_after", "bytes_before", "bytes_after"),
     *("embedding_params_before", "embedding_params_after"),
 }
 SITE = {
     *("name", "names", "method", "structure", "params_before", "params_after", "macs_before", "macs_after"),
     *("time_ns_before", "time_ns_after", "slower"),
-    *("expected_error", "relative_error"),
+    *("expected_error", "relative_error", "weighted_error"),
 }
 
 

@@ -1,0 +1,134 @@
+"""What is left of a model after compression without any training, with fits that see some texts and without."""
+
+import copy
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, final
+
+from benchmarks.experiments import Experiment, ExperimentSkipped, Outcome, SuiteError
+from benchmarks.experiments.quality import STS_B
+
+TEXTS = "text"
+"""The folder of plain text that the folder of `--data` holds."""
+HOWS = ("plain", "weighted", "gradients", "sequential", "refined")
+ENCODER = "encoder.*"
+KEPT = ("relative_error", "weighted_error", "params_after", "time_s")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class DataAware(Experiment):
+    """Several fits of one size beside each other, in one run.
+
+    Args:
+        fits: each a method of compresskit and how it is fitted (`svd weighted`), or a baseline (`svd-llm`, `asvd`).
+            `sequential` is weighted and sequential; `refined` is refined as well.
+        scope: `whole`: any layer, embeddings included, the ratio is that of the model. `encoder`: layers of the encoder
+            alone, and the ratio is that of the encoder's parameters.
+        ratio: original / compressed parameters.
+        model: `minilm`, or a random one.
+        samples, max_tokens: of the texts that the fits see; max_tokens of a text.
+        epochs: of refinement.
+    """
+
+    kind: ClassVar[str] = "data-aware"
+
+    fits: tuple[str, ...]
+    scope: str
+    ratio: float
+    model: str = "minilm"
+    samples: int = 128
+    max_tokens: int = 128
+    epochs: int = 10
+
+    def run(self, data: Path | None) -> Outcome:
+        from benchmarks.embeddings import agreement, embed, read_sentences, read_sts_b
+        from benchmarks.models import load_model
+        from compresskit.calibration import calibrate, read_batches
+
+        if data is not None and not (data / TEXTS).is_dir():
+            raise ExperimentSkipped(f"the folder of --data has no folder {TEXTS!r} with texts to calibrate on")
+        if self.scope not in ("whole", "encoder"):
+            raise SuiteError(f"scope is whole or encoder, got {self.scope!r}")
+        sentences, sts_b = read_sentences(), None if data is None else read_sts_b(data / STS_B)
+        dense, tokenizer = load_model(self.model, seed=self.seed, sentences=sentences)
+        texts = sentences if data is None else data / TEXTS
+        batches = list(read_batches(texts, tokenizer, samples=self.samples, max_length=self.max_tokens))
+        started = time.perf_counter()
+        moments = calibrate(dense, batches, samples=self.samples)
+        calibrate_time_s = time.perf_counter() - started
+        wanted = embed(dense, tokenizer, sentences)
+        figures: dict[str, Any] = {
+            "dense": None if sts_b is None else {"sts_b": sts_b.spearman(dense, tokenizer), "pairs": len(sts_b.scores)},
+            "calibration": {"time_s": calibrate_time_s, "tokens": moments.tokens, "memory_bytes": moments.memory_bytes},
+            "fits": {},
+        }
+        for fit in self.fits:
+            small, report = self._fit(dense, fit, moments, batches)
+            figures["fits"][fit] = {
+                **report,
+                **agreement(embed(small, tokenizer, sentences), wanted),
+                "sts_b": None if sts_b is None else sts_b.spearman(small, tokenizer),
+            }
+        return Outcome(figures, {} if sts_b is not None else {"sts_b": "no folder was given with --data"})
+
+    def _fit(self, dense: Any, fit: str, moments: Any, batches: Any) -> tuple[Any, dict[str, Any]]:
+        """A compressed copy, and what is kept of the report."""
+        import compresskit
+        from benchmarks.baselines import BASELINES, baseline_
+        from compresskit.calibration import Refine, calibrate
+
+        small = copy.deepcopy(dense)
+        budget = self._budget(dense)
+        include = ENCODER if self.scope == "encoder" else "*"
+        started = time.perf_counter()
+        if fit in BASELINES:
+            names = [p.name for p in compresskit.find_sites(dense).sites]
+            names = [n for n in names if self.scope == "whole" or n.startswith(ENCODER.removesuffix("*"))]
+            baseline_(small, fit, batches, names, budget)
+            params = sum(parameter.numel() for parameter in small.parameters())
+            return small, {"params_after": params, "time_s": time.perf_counter() - started}
+        method, _, how = fit.partition(" ")
+        if how not in HOWS:
+            raise SuiteError(
+                f"a fit is METHOD HOW with HOW one of {', '.join(HOWS)}, or {' or '.join(BASELINES)}: {fit!r}"
+            )
+        if how == "gradients":
+            moments = calibrate(dense, batches, samples=self.samples, gradients=True)
+        report = compresskit.compress(
+            small,
+            method,
+            params=budget,
+            include=include,
+            calibration=None if how == "plain" else moments,
+            samples=batches if how in ("sequential", "refined") else None,
+            sequential=how in ("sequential", "refined"),
+            refine=Refine(epochs=self.epochs) if how == "refined" else None,
+        ).to_json()
+        return small, {name: report[name] for name in KEPT}
+
+    def _budget(self, dense: Any) -> int:
+        """Parameters that the whole compressed model may have."""
+        total = sum(parameter.numel() for parameter in dense.parameters())
+        part = total if self.scope == "whole" else sum(parameter.numel() for parameter in dense.encoder.parameters())
+        return int(total - part + part / self.ratio)
+
+    @classmethod
+    def row(cls, configuration: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[str, str]:
+        dense = figures["dense"]
+        fits = {
+            f"{name}: STS-B (agreement of pairs)": f"{_score(fit['sts_b'])} ({fit['similarity_spearman']:.3f})"
+            for name, fit in figures["fits"].items()
+        }
+        return {
+            "scope": configuration["scope"],
+            "ratio": f"{configuration['ratio']:g}",
+            "dense": _score(None if dense is None else dense["sts_b"]),
+            **fits,
+        }
+
+
+def _score(value: float | None) -> str:
+    return "skipped" if value is None else f"{value:.3f}"

@@ -1,0 +1,9 @@
+"""Calibration: what a model's layers see on some text, so that fits know which errors matter."""
+
+from compresskit.calibration.calibrate import calibrate
+from compresskit.calibration.data import read_batches
+from compresskit.calibration.files import load_calibration
+from compresskit.calibration.moments import Calibration, Use
+from compresskit.calibration.refine import Refine
+
+__all__ = ["Calibration", "Refine", "Use", "calibrate", "load_calibration", "read_batches"]

@@ -1,0 +1,112 @@
+"""Weighted Kronecker fits of one weight: prices of a whole menu, cheaper where it is hopeless, and the fit of a shape.
+
+A price is the error that a few rounds reach, and the fit goes on from there: so it is an upper bound. All shapes get
+one round, and only those more that no shape of fewer parameters beats by far.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from compresskit.core.grids import Grid
+from compresskit.core.importance import Importance
+from compresskit.core.kron_als import Blocks, State
+from compresskit.core.kron_refine import Refinement
+
+STAGES = ((1, 1.8), (3, 0.0))
+"""Rounds that a shape is priced by, and how many times the squared error of a smaller one it may have to go on.
+
+On layers of all-MiniLM-L6-v2 squared errors after one round are 1 to 1.8 times those after twelve, after four rounds
+1.05 times in the mean."""
+REFINE_ROUNDS = 3
+
+
+@final
+@dataclass(frozen=True)
+class Shape:
+    """What to fit: a grid and a number of terms; `num_params` of the structure, to price by."""
+
+    grid: Grid
+    terms: int
+    num_params: int
+
+
+@final
+class WeightedSums:
+    """Sums of Kronecker products for one weight and one importance; small factors that were priced are kept."""
+
+    def __init__(self, weight: Tensor, importance: Importance, rounds: int) -> None:
+        self._weight = weight
+        self._metric = importance.metric(weight)
+        self._rounds = rounds
+        self._known: dict[Shape, State] = {}
+
+    def prices(self, shapes: Sequence[Shape]) -> list[float]:
+        """Squared weighted error of each shape, one that `fit` reaches or falls below."""
+        new = [shape for shape in dict.fromkeys(shapes) if shape not in self._known]
+        going = new
+        for rounds, hopeless in STAGES:
+            self._descend(going, min(rounds, self._rounds))
+            going = self._hopeful(going, hopeless)
+        for shape in new:  # the wide factors are many, and follow from the small ones
+            state = self._known[shape]
+            self._known[shape] = State(state.small, state.wide[:0], state.error)
+        return [self._metric.scale * self._known[shape].error for shape in shapes]
+
+    def fit(self, shape: Shape) -> tuple[Tensor, Tensor]:
+        """Small (terms, p * q) and wide (terms, r * s), orthogonal terms in falling order, evenly split."""
+        weight, answers = self._answers()
+        blocks = Blocks(weight, answers, self._metric, shape.grid)
+        state = self._state(blocks, weight, shape, self._rounds)
+        if not blocks.exact:
+            state = Refinement(blocks, weight, self._metric).refine(state, REFINE_ROUNDS)
+        small, wide = _ordered(state.small, state.wide.flatten(1))
+        return small.to(self._weight.dtype), wide.to(self._weight.dtype)
+
+    def _answers(self) -> tuple[Tensor, Tensor]:
+        weight = self._weight.double()
+        return weight, self._metric.cols.after(weight)
+
+    def _descend(self, shapes: Sequence[Shape], rounds: int) -> None:
+        if not shapes:
+            return
+        weight, answers = self._answers()
+        for grid in dict.fromkeys(shape.grid for shape in shapes):
+            blocks = Blocks(weight, answers, self._metric, grid)
+            for shape in (shape for shape in shapes if shape.grid == grid):
+                self._known[shape] = self._state(blocks, weight, shape, rounds)
+
+    def _state(self, blocks: Blocks, weight: Tensor, shape: Shape, rounds: int) -> State:
+        """After so many rounds from what is known of a shape; with its true error."""
+        known = self._known.get(shape)
+        if known is None:
+            first = blocks.start(shape.terms)
+        else:
+            first = known if len(known.wide) else blocks.with_small(known.small)
+        last = blocks.descend(first, rounds)
+        if blocks.exact:
+            return last
+        refinement = Refinement(blocks, weight, self._metric)
+        return refinement.best(last, first, refinement.plain(shape.terms))
+
+    def _hopeful(self, shapes: Sequence[Shape], hopeless: float) -> list[Shape]:
+        """Those that no smaller one beats by far."""
+        least, hopeful = float("inf"), []
+        for shape in sorted(shapes, key=lambda shape: shape.num_params):
+            error = self._known[shape].error
+            least = min(least, error)
+            if error <= hopeless * least:
+                hopeful.append(shape)
+        return hopeful
+
+
+def _ordered(small: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
+    """The same sum of orthogonal terms, the largest first, each split evenly; small has orthonormal rows."""
+    turn = torch.linalg.eigh(wide @ wide.T).eigenvectors.flip(-1).T
+    small, wide = turn @ small, turn @ wide
+    signs = torch.sign(small.gather(-1, small.abs().argmax(-1, keepdim=True)))  # eigenvectors have no sign
+    scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).sqrt()
+    return small * signs * scale, torch.where(scale > 0, wide * signs / scale, 0.0)

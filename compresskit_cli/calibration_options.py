@@ -1,0 +1,147 @@
+"""Options that say what text a model is calibrated on, for every command that fits weights."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from compresskit import OnProgress
+    from compresskit.calibration import Calibration
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+SAMPLES, MAX_LENGTH = 128, 128
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What the shared options say."""
+
+    calibrate: str | None
+    samples: int | None
+    max_length: int | None
+    gradients: bool
+    calibration: Path | None
+    sequential: bool = False
+    refine: int | None = None
+
+    def check(self) -> None:
+        """Raise UsageError where options contradict each other."""
+        if self.calibrate is not None and self.calibration is not None:
+            raise click.UsageError("--calibrate collects from texts, --calibration reads a file: give one of them")
+        given = {"--samples": self.samples, "--max-length": self.max_length, "--gradients": self.gradients or None}
+        given |= {"--sequential": self.sequential or None, "--refine": self.refine}
+        idle = [option for option, value in given.items() if value is not None]
+        if idle and self.calibrate is None:
+            raise click.UsageError(f"{' and '.join(idle)} need --calibrate FILE_OR_FOLDER, the texts to calibrate on")
+
+    def given(self) -> dict[str, Any]:
+        """What was said at all, for the record; names, not whole paths."""
+        said: dict[str, Any] = {}
+        if self.calibrate is not None:
+            said = {"calibrate": Path(self.calibrate).name, "samples": self.samples or SAMPLES}
+            said |= {"max_length": self.max_length or MAX_LENGTH, "gradients": self.gradients}
+            said |= {"sequential": self.sequential, "refine": self.refine}
+        elif self.calibration is not None:
+            said = {"calibration": self.calibration.name}
+        return said
+
+    def collect(
+        self, model: "PreTrainedModel", folder: Path, *, seed: int, on_progress: "OnProgress | None" = None
+    ) -> dict[str, Any]:
+        """Arguments for `compresskit.compress` and `apply`: the calibration, and how layers are fitted to it."""
+        from compresskit.calibration import Refine, load_calibration
+
+        if self.calibration is not None:
+            read = load_calibration(self.calibration)
+            read.check(model)
+            return {"calibration": read}
+        if self.calibrate is None:
+            return {}
+        size = {"samples": self.samples or SAMPLES, "max_length": self.max_length or MAX_LENGTH, "seed": seed}
+        made = collect(model, folder, self.calibrate, gradients=self.gradients, on_progress=on_progress, **size)
+        if not (self.sequential or self.refine):
+            return {"calibration": made}
+        return {
+            "calibration": made,
+            "samples": batches(folder, self.calibrate, **size),
+            "sequential": self.sequential,
+            "refine": None if self.refine is None else Refine(epochs=self.refine),
+        }
+
+
+def batches(folder: Path, data: str, *, samples: int, max_length: int, seed: int) -> list[Any]:
+    """The texts that `collect` calibrates on."""
+    from compresskit.calibration import read_batches
+    from compresskit.tasks import tokenizer_for
+
+    return list(read_batches(Path(data), tokenizer_for(folder), samples=samples, max_length=max_length, seed=seed))
+
+
+def collect(
+    model: "PreTrainedModel",
+    folder: Path,
+    data: str,
+    *,
+    samples: int,
+    max_length: int,
+    gradients: bool,
+    seed: int,
+    on_progress: "OnProgress | None",
+    **options: Any,
+) -> "Calibration":
+    """Calibrate with the tokenizer in the model's folder; says on the standard error what memory that takes."""
+    from compresskit.calibration import calibrate
+    from compresskit.tasks import tokenizer_for
+    from compresskit_cli.render import progress_console, size
+
+    return calibrate(
+        model,
+        Path(data),
+        tokenizer=tokenizer_for(folder),
+        samples=samples,
+        max_length=max_length,
+        gradients=gradients,
+        seed=seed,
+        on_memory=lambda num_bytes: progress_console.print(f"Moments of the layers take {size(num_bytes)}."),
+        on_progress=on_progress,
+        provenance={"data": Path(data).name, "samples": samples, "max_length": max_length, "seed": seed},
+        **options,
+    )
+
+
+def calibration_options(function: F) -> F:
+    """Adds the options that make fits data-aware."""
+    options = [
+        click.option("--calibrate", metavar="FILE_OR_FOLDER", help="Fit to what layers see on these texts (*.txt)."),
+        click.option("--samples", type=click.IntRange(1), help=f"Texts for --calibrate. Default: {SAMPLES}."),
+        click.option("--max-length", type=click.IntRange(2), help=f"Tokens of such a text. Default: {MAX_LENGTH}."),
+        click.option("--gradients", is_flag=True, help="Also weigh by gradients at the outputs (K-FAC)."),
+        click.option(
+            "--calibration", type=click.Path(path_type=Path), help="What `compresskit calibrate` saved, instead."
+        ),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def sequential_options(function: F) -> F:
+    """Adds the options that say how layers are fitted to the texts of `--calibrate`."""
+    options = [
+        click.option("--sequential", is_flag=True, help="Fit layer after layer, making up for the errors before it."),
+        click.option(
+            "--refine",
+            type=click.IntRange(1),
+            metavar="EPOCHS",
+            help="Then train each layer to answer as the dense one.",
+        ),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function

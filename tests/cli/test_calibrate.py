@@ -1,0 +1,81 @@
+"""`compresskit calibrate`, and `compress` and `plan` with what it saves or collects."""
+
+import pytest
+
+TEXT = "a small model of a small model\na model a small a model\nsmall small model a a small\n"
+
+
+@pytest.fixture
+def texts(work):
+    (work / "texts").mkdir()
+    (work / "texts" / "some.txt").write_text(TEXT)
+    return "texts"
+
+
+def test_moments_are_saved_and_used(cli, work, texts):
+    made = cli("calibrate", "bert", "--data", texts, "-o", "moments.safetensors", "--json").json()
+    assert (made["samples"], made["unreached"], made["loss"]) == (3, [], None)
+    assert made["warnings"]
+    assert made["provenance"]["data"] == "texts"
+    options = ("-m", "svd", "--ratio", "2", "--json")
+    saved = cli("compress", "bert", *options, "-o", "one", "--calibration", "moments.safetensors").json()
+    collected = cli("compress", "bert", *options, "-o", "two", "--calibrate", texts).json()
+    assert saved["weighted_error"] == collected["weighted_error"] > 0
+    assert saved["calibration"]["tokens"] == made["tokens"]
+    plain = cli("compress", "bert", *options, "-o", "three").json()
+    assert (plain["weighted_error"], plain["calibration"]) == (None, None)
+
+
+def test_people_are_told(cli, work, texts):
+    shown = cli("calibrate", "bert", "--data", texts, "-o", "moments.safetensors", "--gradients")
+    assert "Gauss-Newton" in shown.out
+    assert "Warning: " in shown.out
+    assert "Moments of the layers take " in shown.err
+    shown = cli("compress", "bert", "-m", "svd", "--ratio", "2", "--calibration", "moments.safetensors", "-o", "out")
+    assert "output error" in shown.out
+    assert "relative error of outputs" in shown.out
+    shown = cli("plan", "bert", "-m", "svd", "--ratio", "2", "--calibrate", texts, "--samples", "2")
+    assert "of the layer's output on the samples" in shown.out
+
+
+def test_a_plan_is_replayed_with_moments(cli, work, texts):
+    cli("calibrate", "bert", "--data", texts, "-o", "moments.safetensors")
+    moments = ("--calibration", "moments.safetensors")
+    assert cli("plan", "bert", "-m", "svd", "--ratio", "2", *moments, "-o", "plan.json").status == 0
+    done = cli("compress", "bert", "--plan", "plan.json", *moments, "-o", "out", "--json").json()
+    assert done["weighted_error"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match", "status"),
+    [
+        (("--calibrate", "x", "--calibration", "y"), "give one of them", 2),
+        (("--samples", "3"), "--samples need --calibrate FILE_OR_FOLDER", 2),
+        (("--calibrate", "nowhere"), "there is no file or folder nowhere", 1),
+        (("--calibration", "bert/model.safetensors"), "is no calibration", 1),
+        (("--calibration", "nowhere.safetensors"), "cannot be read as a calibration", 1),
+    ],
+)
+def test_options_that_cannot_be(fails, arguments, match, status):
+    fails("compress", "bert", "-m", "svd", "--ratio", "2", *arguments, match=match, status=status)
+
+
+def test_moments_of_another_model_are_refused(cli, fails, models, work, texts):
+    cli("calibrate", models / "gpt2", "--data", texts, "-o", "moments.safetensors")
+    options = ("-m", "svd", "--ratio", "2", "--calibration", "moments.safetensors")
+    fails("compress", "bert", *options, match="made for another model")
+
+
+def test_output_that_exists_is_kept(cli, fails, work, texts):
+    cli("calibrate", "bert", "--data", texts, "-o", "moments.safetensors")
+    fails("calibrate", "bert", "--data", texts, "-o", "moments.safetensors", match="exists; --force replaces it")
+    fails("calibrate", "bert", "--data", texts, "-o", "small", match="is a folder")
+    fails("calibrate", "bert", "--data", texts, "-o", "no/m.safetensors", match="there is no folder 'no'")
+    assert cli("calibrate", "bert", "--data", texts, "-o", "moments.safetensors", "--force").status == 0
+
+
+def test_a_model_without_tokenizer_is_explained(fails, work, texts):
+    for file in (work / "bert").iterdir():
+        if file.name not in ("config.json", "model.safetensors"):
+            file.unlink()
+    fails("calibrate", "bert", "--data", texts, "-o", "moments.safetensors", match="no tokenizer in")
