@@ -147,9 +147,8 @@ def _part(
     if not form.wide_first:
         z = _mixed(small, _read(x, n, q, s, form), n).view(n * p, k * s)
         return _wide_last(z, n, wide, bias, form, out)
-    x = x.view(n, q * s)
-    rows = (x if form.small_left else _swap(x, s, q)).view(n * q, s)
-    z = F.linear(rows, wide).view(n, q * k, r)
+    rows = x if form.small_left else _swap(x.view(n, s * q), s, q)
+    z = _grids(F.linear(rows.view(n * q, s), wide), n, q * k, r)
     if form.small_left:
         return _mixed(small, z, n, None if bias is None else bias.view(p, r), out).view(n, p * r)
     if n * p * r <= FEW_NUMBERS or not swaps(form)[1]:
@@ -181,25 +180,25 @@ def _into(y: Tensor, out: Tensor | None) -> Tensor:
     return y if out is None else out.copy_(y)
 
 
+def _grids(x: Tensor, n: int, rows: int, cols: int) -> Tensor:
+    """(n, rows, cols), or (rows, cols) of one token: a plain product takes fewer calls than a batch of one."""
+    return x.view(rows, cols) if n == 1 else x.view(n, rows, cols)
+
+
 def _read(x: Tensor, n: int, rows: int, cols: int, form: KronForm) -> Tensor:
-    """A grid (n, rows, cols) for a mixing to read: a view, unless it lies transposed and a copy is quicker to read."""
+    """Grids for a mixing to read: a view, unless they lie transposed and a copy is quicker to read."""
     if form.small_left:
-        return x.view(n, rows, cols)
+        return _grids(x, n, rows, cols)
     if rows >= LEAST_READ or x.numel() <= FEW_NUMBERS:
-        return x.view(n, cols, rows).mT
-    return _swap(x.view(n, rows * cols), cols, rows).view(n, rows, cols)
+        return _grids(x, n, cols, rows).mT
+    return _grids(_swap(x.view(n, rows * cols), cols, rows), n, rows, cols)
 
 
 def _mixed(left: Tensor, right: Tensor, n: int, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """`left @ right + bias` -> (n, a, b), one of both a matrix and the other n of them; in `out` where one is given.
-
-    One token is a plain product, which takes fewer calls.
-    """
-    a, b = left.shape[-2], right.shape[-1]
-    if n == 1 and out is None:
-        left, right = left if left.dim() == 2 else left[0], right if right.dim() == 2 else right[0]
-        return torch.mm(left, right) if bias is None else torch.addmm(bias, left, right)
-    out = None if out is None else out.view(n, a, b)
+    """`left @ right + bias`, one of both a matrix and the other `_grids`, as grids; in `out` where one is given."""
+    out = None if out is None else _grids(out, n, left.shape[-2], right.shape[-1])
+    if n == 1:
+        return torch.mm(left, right, out=out) if bias is None else torch.addmm(bias, left, right, out=out)
     left, right = left.expand(n, -1, -1), right.expand(n, -1, -1)
     return torch.bmm(left, right, out=out) if bias is None else torch.baddbmm(bias, left, right, out=out)
 
@@ -289,8 +288,8 @@ def _wide_first_gradients(
             x_grad = x_grad if form.small_left else _swap(x_grad, q, s)
         wide_grad = torch.mm(g.t(), rows) if needs[2] else None
     if needs[1]:
-        z = F.linear(rows, wide).view(n, q * k, r)
-        small_grad = torch.bmm(upstream, z.mT).sum(0)
+        z = _grids(F.linear(rows, wide), n, q * k, r)
+        small_grad = _contracted(upstream, z)
     return [x_grad, small_grad, wide_grad]
 
 
@@ -304,16 +303,21 @@ def _mix_first_gradients(
     x_grid = _read(x, n, q, s, form) if needs[1] or needs[2] else x
     x_grad = small_grad = wide_grad = None
     if needs[0] or needs[1]:
-        g = torch.mm(rows, wide).view(n, p * k, s)
+        g = _grids(torch.mm(rows, wide), n, p * k, s)
         if needs[0] and not form.small_left and (q >= LEAST_WRITTEN * p * k or n * q * s <= FEW_NUMBERS):
             x_grad = _mixed(g.mT, small, n).view(n, s * q)
         elif needs[0]:
             x_grad = _mixed(small.t(), g, n).view(n, q * s)
             x_grad = x_grad if form.small_left else _swap(x_grad, q, s)
-        small_grad = torch.bmm(g, x_grid.mT).sum(0) if needs[1] else None
+        small_grad = _contracted(g, x_grid) if needs[1] else None
     if needs[2]:
         wide_grad = torch.mm(rows.t(), _mixed(small, x_grid, n).view(n * p, k * s))
     return [x_grad, small_grad, wide_grad]
+
+
+def _contracted(left: Tensor, right: Tensor) -> Tensor:
+    """Sum over the tokens of `left @ right.T`, both grids."""
+    return torch.mm(left, right.mT) if left.dim() == 2 else torch.bmm(left, right.mT).sum(0)
 
 
 def _small_layout(small: Tensor, form: KronForm, stored: bool, wide_first: bool) -> Tensor:
