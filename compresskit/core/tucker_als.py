@@ -49,17 +49,20 @@ class FoldedTucker:
         self._whitened = _whitened(self._weight, metric.cols)  # S (n1 * n2, k)
         self._weighed = metric.rows.before(self._whitened)  # R S
         self._energy = float((self._whitened * self._weighed).sum())
-        self._starts: dict[Pair, Bases] = {}
+        self._known: dict[Pair, tuple[Bases, ...]] = {}
 
     def errors(self, ranks: Pair) -> list[float]:
-        """Weighted error of rank 0, 1, ... of the other side, U1 and U2 of these ranks from the HOSVD."""
-        values = torch.linalg.eigvalsh(_small_gram(self._coordinates(self._start(ranks))[1])).clamp_min(0)
-        kept = [0.0, *values.flip(0).cumsum(0).tolist()]
-        return [max(self._energy - energy, 0.0) for energy in kept]
+        """Weighted error of rank 0, 1, ... of the other side, with U1 and U2 of these ranks from the better start."""
+        kept = []
+        for bases in self._starts(ranks):
+            values = torch.linalg.eigvalsh(_small_gram(self._coordinates(bases)[1])).clamp_min(0)
+            kept.append([0.0, *values.flip(0).cumsum(0).tolist()])
+        return [max(self._energy - max(energies), 0.0) for energies in zip(*kept, strict=True)]
 
     def fit(self, ranks: Pair, rank: int, sweeps: int) -> TuckerState:
-        """From the HOSVD, so many sweeps over the modes that are cut; the best state on the way."""
-        state = self._with_bases(self._start(ranks), rank)
+        """From the better start, so many sweeps over the modes that are cut; the best state on the way."""
+        starts = [self._with_bases(bases, rank) for bases in self._starts(ranks)]
+        state = min(starts, key=lambda start: start.error)
         if ranks == self._modes:
             return state
         for _ in range(sweeps):
@@ -79,16 +82,21 @@ class FoldedTucker:
         sides = _down(state, self._rows.before(self._weight))
         return sides if root is None else torch.cholesky_solve(sides, root)
 
-    def _start(self, ranks: Pair) -> Bases:
-        if ranks not in self._starts:
-            tensor = self._whitened.view(*self._modes, -1)
-            grams = (torch.einsum("ijk,ljk->il", tensor, tensor), torch.einsum("ijk,ilk->jl", tensor, tensor))
-            first, last = (
-                torch.eye(n, dtype=gram.dtype, device=gram.device) if r == n else _leading(gram, r)
-                for n, r, gram in zip(self._modes, ranks, grams, strict=True)
-            )
-            self._starts[ranks] = Bases(first, last)
-        return self._starts[ranks]
+    def _starts(self, ranks: Pair) -> tuple[Bases, ...]:
+        """Bases of the HOSVD of the whitened weight, and of the plain one: no worse than a plain HOSVD then."""
+        if ranks not in self._known:
+            bases = [self._hosvd(matrix, ranks) for matrix in (self._whitened, self._weight)]
+            self._known[ranks] = tuple(bases[:1] if ranks == self._modes else bases)
+        return self._known[ranks]
+
+    def _hosvd(self, matrix: Tensor, ranks: Pair) -> Bases:
+        tensor = matrix.reshape(*self._modes, -1)
+        grams = (torch.einsum("ijk,ljk->il", tensor, tensor), torch.einsum("ijk,ilk->jl", tensor, tensor))
+        first, last = (
+            torch.eye(n, dtype=gram.dtype, device=gram.device) if r == n else _leading(gram, r)
+            for n, r, gram in zip(self._modes, ranks, grams, strict=True)
+        )
+        return Bases(first, last)
 
     def _coordinates(self, bases: "Bases | TuckerState") -> tuple[Tensor | None, Tensor]:
         """Cholesky root L of N = U^T R U (None: the identity), and L^-1 U^T R S (r1 * r2, k)."""
