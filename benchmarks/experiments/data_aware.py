@@ -12,6 +12,7 @@ from benchmarks.experiments.quality import STS_B
 
 TEXTS = "text"
 """The folder of plain text that the folder of `--data` holds."""
+BATCH = 32
 HOWS = ("plain", "weighted", "gradients", "sequential", "refined")
 ENCODER = "encoder.*"
 KEPT = ("relative_error", "weighted_error", "params_after", "time_s")
@@ -55,7 +56,8 @@ class DataAware(Experiment):
         sentences, sts_b = read_sentences(), None if data is None else read_sts_b(data / STS_B)
         dense, tokenizer = load_model(self.model, seed=self.seed, sentences=sentences)
         texts = sentences if data is None else data / TEXTS
-        batches = list(read_batches(texts, tokenizer, samples=self.samples, max_length=self.max_tokens))
+        size = {"samples": self.samples, "max_length": self.max_tokens, "batch_size": BATCH}
+        batches = list(read_batches(texts, tokenizer, **size))
         started = time.perf_counter()
         moments = calibrate(dense, batches, samples=self.samples)
         calibrate_time_s = time.perf_counter() - started

@@ -156,14 +156,7 @@ class Moment:
     @cached_property
     def _eigen(self) -> tuple[Tensor, Tensor]:
         assert self.values is not None
-        values, vectors = torch.linalg.eigh(self.values)
-        largest = float(values[-1])
-        if float(values[0]) < -ASYMMETRY * largest:
-            raise ImportanceError(
-                f"a second moment is positive semi-definite; this one has eigenvalues from {float(values[0]):.2g} to "
-                f"{largest:.2g}"
-            )
-        return values, vectors
+        return _eigen(self.values)
 
     def root(self) -> "Moment":
         """The symmetric square root."""
@@ -229,7 +222,20 @@ def _damped(values: Tensor | None, ridge: float, device: torch.device) -> tuple[
         return Moment(wide / scale + ridge), scale
     damped = (wide + wide.T) / (2 * scale)
     damped.diagonal().add_(ridge)
+    if int(torch.linalg.cholesky_ex(damped).info):  # float32 sums leave eigenvalues below zero by more than the ridge
+        values, vectors = _eigen(damped)
+        damped = vectors * values.clamp_min(ridge) @ vectors.T
     return Moment(damped), scale
+
+
+def _eigen(moment: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(moment)
+    least, largest = float(values[0]), float(values[-1])
+    if least < -ASYMMETRY * largest:
+        raise ImportanceError(
+            f"a second moment is positive semi-definite; this one has eigenvalues from {least:.2g} to {largest:.2g}"
+        )
+    return values, vectors
 
 
 def _check_moment(name: str, moment: Tensor) -> None:

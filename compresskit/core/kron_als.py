@@ -24,7 +24,6 @@ from torch.nn import functional as F
 
 from compresskit.core.grids import Grid, block_gram, cut
 from compresskit.core.importance import Metric, Moment
-from compresskit.errors import ImportanceError
 
 PROXIMAL = 1e-9
 """Weight of the distance from the last iterate, as a share of the mean diagonal of the normal equations: keeps them
@@ -183,9 +182,7 @@ def _solve(normal: Tensor, target: Tensor, start: Tensor | None, weigh: Moment) 
     step = PROXIMAL * float(normal.diagonal().mean()) or 1.0
     pull = target if start is None else target - start @ normal
     normal.diagonal().add_(step)  # in place: it may be large
-    factor, info = torch.linalg.cholesky_ex(normal)
-    if int(info):
-        raise ImportanceError("a second moment is positive semi-definite; this one has negative eigenvalues")
+    factor = torch.linalg.cholesky(normal)
     moved = torch.cholesky_solve(pull.T, factor).T
     found = moved if start is None else start + moved
     return found, float((weigh.before(target + step * moved) * found).sum())

@@ -6,13 +6,13 @@ one round, and only those more that no shape of fewer parameters beats by far.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 
 from compresskit.core.grids import Grid
-from compresskit.core.importance import Importance
+from compresskit.core.importance import Importance, Metric
 from compresskit.core.kron_als import Blocks, State
 from compresskit.core.kron_refine import Refinement
 
@@ -34,52 +34,59 @@ class Shape:
     num_params: int
 
 
+class _Problem(NamedTuple):
+    weight: Tensor
+    answers: Tensor  # W C
+    metric: Metric
+
+
 @final
 class WeightedSums:
     """Sums of Kronecker products for one weight and one importance; small factors that were priced are kept."""
 
     def __init__(self, weight: Tensor, importance: Importance, rounds: int) -> None:
         self._weight = weight
-        self._metric = importance.metric(weight)
+        self._importance = importance
         self._rounds = rounds
         self._known: dict[Shape, State] = {}
 
     def prices(self, shapes: Sequence[Shape]) -> list[float]:
         """Squared weighted error of each shape, one that `fit` reaches or falls below."""
+        if not shapes:
+            return []
+        problem = self._problem()
         new = [shape for shape in dict.fromkeys(shapes) if shape not in self._known]
         going = new
         for rounds, hopeless in STAGES:
-            self._descend(going, min(rounds, self._rounds))
+            self._descend(problem, going, min(rounds, self._rounds))
             going = self._hopeful(going, hopeless)
         for shape in new:  # the wide factors are many, and follow from the small ones
             state = self._known[shape]
             self._known[shape] = State(state.small, state.wide[:0], state.error)
-        return [self._metric.scale * self._known[shape].error for shape in shapes]
+        return [problem.metric.scale * self._known[shape].error for shape in shapes]
 
     def fit(self, shape: Shape) -> tuple[Tensor, Tensor]:
         """Small (terms, p * q) and wide (terms, r * s), orthogonal terms in falling order, evenly split."""
-        weight, answers = self._answers()
-        blocks = Blocks(weight, answers, self._metric, shape.grid)
-        state = self._state(blocks, weight, shape, self._rounds)
+        problem = self._problem()
+        blocks = Blocks(*problem, shape.grid)
+        state = self._state(problem, blocks, shape, self._rounds)
         if not blocks.exact:
-            state = Refinement(blocks, weight, self._metric).refine(state, REFINE_ROUNDS)
+            state = Refinement(blocks, problem.weight, problem.metric).refine(state, REFINE_ROUNDS)
         small, wide = _ordered(state.small, state.wide.flatten(1))
         return small.to(self._weight.dtype), wide.to(self._weight.dtype)
 
-    def _answers(self) -> tuple[Tensor, Tensor]:
-        weight = self._weight.double()
-        return weight, self._metric.cols.after(weight)
+    def _problem(self) -> _Problem:
+        """In float64; made for each call, since it takes several times the memory of the weight."""
+        weight, metric = self._weight.double(), self._importance.metric(self._weight)
+        return _Problem(weight, metric.cols.after(weight), metric)
 
-    def _descend(self, shapes: Sequence[Shape], rounds: int) -> None:
-        if not shapes:
-            return
-        weight, answers = self._answers()
+    def _descend(self, problem: _Problem, shapes: Sequence[Shape], rounds: int) -> None:
         for grid in dict.fromkeys(shape.grid for shape in shapes):
-            blocks = Blocks(weight, answers, self._metric, grid)
+            blocks = Blocks(*problem, grid)
             for shape in (shape for shape in shapes if shape.grid == grid):
-                self._known[shape] = self._state(blocks, weight, shape, rounds)
+                self._known[shape] = self._state(problem, blocks, shape, rounds)
 
-    def _state(self, blocks: Blocks, weight: Tensor, shape: Shape, rounds: int) -> State:
+    def _state(self, problem: _Problem, blocks: Blocks, shape: Shape, rounds: int) -> State:
         """After so many rounds from what is known of a shape; with its true error."""
         known = self._known.get(shape)
         if known is None:
@@ -89,7 +96,7 @@ class WeightedSums:
         last = blocks.descend(first, rounds)
         if blocks.exact:
             return last
-        refinement = Refinement(blocks, weight, self._metric)
+        refinement = Refinement(blocks, problem.weight, problem.metric)
         return refinement.best(last, first, refinement.plain(shape.terms))
 
     def _hopeful(self, shapes: Sequence[Shape], hopeless: float) -> list[Shape]:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from compresskit.core.cost import Gemm, Operation
 from compresskit.core.decomposition import Analysis, Decomposition, squared_norm
 from compresskit.core.folding import SINGLE_TAIL, gram
-from compresskit.core.importance import Importance, Moment
+from compresskit.core.importance import Importance, Metric, Moment
 from compresskit.core.registry import register
 from compresskit.core.structure import Factor, Structure, TensorSpec, linear
 from compresskit.errors import OptionError, StructureError
@@ -174,50 +174,48 @@ class _WeightedAnalysis(Analysis):
 
     def __init__(self, weight: Tensor, importance: Importance) -> None:
         self._weight = weight
-        self._metric = importance.metric(weight)
-        self._spectrum: tuple[Tensor, Tensor] | None = (
-            None  # basis (side, short) leading first, errors of rank 0, 1, ...
-        )
+        self._importance = importance
+        self._basis = weight.new_empty(0, 0)  # (side, rank), leading first, as many as were asked for
+        self._errors: list[float] = []  # of rank 0, 1, ...
 
     def squared_errors(self, structures: Sequence[Structure]) -> list[float]:
-        if not structures:
-            return []
-        _, errors = self._prepare()
-        return [float(errors[_rank(structure)]) for structure in structures]
+        ranks = [_rank(structure) for structure in structures]
+        self._prepare(max(ranks, default=0))
+        return [self._errors[rank] for rank in ranks]
 
-    @property
-    def _by_rows(self) -> bool:
-        """Whether the weight is projected on left vectors; else on right ones."""
-        return not self._metric.cols.is_identity
-
-    def _prepare(self) -> tuple[Tensor, Tensor]:
-        if self._spectrum is None:
-            rows, cols = self._metric.rows, self._metric.cols
-            weight = rows.root().before(self._weight.double())  # (rows, cols)
-            side = weight if self._by_rows else weight.T  # its left vectors are the basis
-            moment = cols if self._by_rows else Moment(None)
-            if side.shape[0] <= side.shape[1]:
-                values, basis = torch.linalg.eigh(moment.after(side) @ side.T)
-            else:
-                whitened = moment.root().after(side)
-                values, vectors = torch.linalg.eigh(whitened.T @ whitened)
-                basis = whitened @ vectors
-            errors = values.clamp_min(0).cumsum(0).flip(0) * self._metric.scale
-            self._spectrum = basis.flip(-1), torch.cat([errors, errors.new_zeros(1)])
-        return self._spectrum
+    def _prepare(self, rank: int) -> None:
+        if rank <= self._basis.shape[1]:
+            return
+        metric = self._importance.metric(self._weight)
+        weight = metric.rows.root().before(self._weight.double())  # (rows, cols)
+        by_rows = _by_rows(metric)
+        side, moment = (weight, metric.cols) if by_rows else (weight.T, Moment(None))
+        if side.shape[0] <= side.shape[1]:
+            values, basis = torch.linalg.eigh(moment.after(side) @ side.T)
+        else:
+            whitened = moment.root().after(side)
+            values, vectors = torch.linalg.eigh(whitened.T @ whitened)
+            basis = whitened @ vectors
+        self._basis = basis[:, -rank:].flip(-1).to(self._weight.dtype)
+        self._errors = [0.0, *(metric.scale * values.clamp_min(0)).cumsum(0).tolist()][::-1]
 
     def factors(self, structure: Structure) -> dict[str, Tensor]:
-        basis, _ = self._prepare()
-        basis = torch.linalg.qr(basis[:, : _rank(structure)]).Q  # vectors of a Gram matrix lose their right angles
-        weight = self._weight.double()
-        if self._by_rows:
-            rows = self._metric.rows
-            left, right = rows.inverse_root().before(basis), basis.T @ rows.root().before(weight)
+        self._prepare(_rank(structure))
+        basis = self._basis[:, : _rank(structure)].double()
+        basis = torch.linalg.qr(basis).Q  # vectors of a Gram matrix, rounded, lose their right angles
+        weight, metric = self._weight.double(), self._importance.metric(self._weight)
+        if _by_rows(metric):
+            left, right = metric.rows.inverse_root().before(basis), basis.T @ metric.rows.root().before(weight)
         else:
             left, right = weight @ basis, basis.T
         scale = (torch.linalg.vector_norm(right, dim=1) / torch.linalg.vector_norm(left, dim=0)).sqrt()
         scale = torch.where(scale.isfinite() & (scale > 0), scale, 1.0)  # split evenly: both train at one scale
         return {"left": (left * scale).to(self._weight.dtype), "right": (right.T / scale).T.to(self._weight.dtype)}
+
+
+def _by_rows(metric: Metric) -> bool:
+    """Whether the weight is projected on left vectors; else on right ones."""
+    return not metric.cols.is_identity
 
 
 @final

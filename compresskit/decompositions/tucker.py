@@ -4,7 +4,7 @@ Sources: Tucker, Psychometrika 31 (1966); De Lathauwer, De Moor and Vandewalle, 
 (2000), for HOSVD, the start, and HOOI, the refinement (tensorly). A square factor is orthogonal and goes into the
 core, so truncated SVD is the special case that cuts the unfolded side only. Measured on all-MiniLM-L6-v2 it is
 the best case of its size for almost every weight, and folding both sides (order 4) is clearly worse: the menu
-folds one side.
+folds one side. Weighted by what a layer sees: core/tucker_als.py.
 """
 
 import math
@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compresskit.core.cost import Gemm, Operation, Pass
+from compresskit.core.cost import Gemm, Operation
 from compresskit.core.decomposition import Analysis, Decomposition, squared_norm
 from compresskit.core.folding import Unfolding, balanced_factors, rank_triples
-from compresskit.core.mixing import mix
+from compresskit.core.importance import Importance, Metric
+from compresskit.core.mixing import mix_both, mix_operations, mix_orders
 from compresskit.core.registry import register
-from compresskit.core.structure import Factor, Structure, TensorSpec, linear, tensor_of
+from compresskit.core.structure import Factor, Structure, TensorSpec, linear
+from compresskit.core.tucker_als import FoldedTucker
 from compresskit.errors import OptionError, StructureError
 
 HOOI_WIDTH = 4
@@ -80,17 +82,17 @@ class TuckerTensor(Structure):
         return {name: spec for name, spec in specs.items() if not full.get(name, False)}
 
     def dense(self, factors: Mapping[str, Tensor]) -> Tensor:
-        columns = _mix(
+        columns = mix_both(
             factors["core"].T, self.row_ranks, self.row_modes, factors.get("row_first"), factors.get("row_last")
         )
         return self._expand_cols(columns.T, factors)
 
     def matmul(self, x: Tensor, factors: Mapping[str, Factor], bias: Tensor | None = None) -> Tensor:
-        z = _mix(x, self.col_modes, self.col_ranks, factors.get("col_first"), factors.get("col_last"))
+        z = mix_both(x, self.col_modes, self.col_ranks, factors.get("col_first"), factors.get("col_last"))
         if self.row_ranks == self.row_modes:
             return linear(z, factors["core"], bias)
         z = linear(z, factors["core"])
-        return _mix(z, self.row_ranks, self.row_modes, factors.get("row_first"), factors.get("row_last"), bias)
+        return mix_both(z, self.row_ranks, self.row_modes, factors.get("row_first"), factors.get("row_last"), bias)
 
     def take_rows(self, index: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
         return self._expand_cols(self._core_rows(index, factors), factors)
@@ -117,22 +119,22 @@ class TuckerTensor(Structure):
     def _expand_cols(self, z: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
         """Z @ (col_first (x) col_last): (..., product of col ranks) -> (..., cols)."""
         first, last = (None if f is None else f.T for f in (factors.get("col_first"), factors.get("col_last")))
-        return _mix(z, self.col_ranks, self.col_modes, first, last)
+        return mix_both(z, self.col_ranks, self.col_modes, first, last)
 
     @property
     def macs(self) -> int:
         core = math.prod(self.ranks)
-        return min(_orders(self.col_modes, self.col_ranks)) + core + min(_orders(self.row_ranks, self.row_modes))
+        return min(mix_orders(self.col_modes, self.col_ranks)) + core + min(mix_orders(self.row_ranks, self.row_modes))
 
     def operations(self, tokens: int) -> Sequence[Operation]:
         core = Gemm(tokens, math.prod(self.row_ranks), math.prod(self.col_ranks))
-        last = () if self.row_ranks == self.row_modes else _mix_operations(self.row_ranks, self.row_modes, tokens)
-        return (*_mix_operations(self.col_modes, self.col_ranks, tokens), core, *last)
+        last = () if self.row_ranks == self.row_modes else mix_operations(self.row_ranks, self.row_modes, tokens)
+        return (*mix_operations(self.col_modes, self.col_ranks, tokens), core, *last)
 
     @property
     def lookup_macs(self) -> int:
         (n1, n2), (r1, r2) = self.row_modes, self.row_ranks
-        expand = min(_orders(self.col_ranks, self.col_modes))
+        expand = min(mix_orders(self.col_ranks, self.col_modes))
         if self.row_ranks == self.row_modes:
             return expand
         mixed = (r1 if r1 < n1 else 1) * (r2 if r2 < n2 else 1)  # rows of the core that make up one row
@@ -146,46 +148,6 @@ def _possible(modes: Sequence[int], ranks: Sequence[int]) -> bool:
     return all(1 <= rank <= n and (rank == n or rank * rank <= size) for n, rank in zip(modes, ranks, strict=True))
 
 
-def _orders(ins: Pair, outs: Pair) -> Pair:
-    """Multiply-adds of `_mix`: last mode before the first one, and after it."""
-    (i1, i2), (o1, o2) = ins, outs
-    first, last = i1 != o1, i2 != o2
-    return i1 * o2 * (i2 * last + o1 * first), o1 * i2 * (i1 * first + o2 * last)
-
-
-def _mix_operations(ins: Pair, outs: Pair, tokens: int) -> list[Operation]:
-    """What `_mix` does, a bias as a pass of its own."""
-    (i1, i2), (o1, o2) = ins, outs
-    if ins == outs:
-        return []
-    if i1 == o1 == 1:
-        return [Gemm(tokens, o2, i2)]
-    last_before, last_after = _orders(ins, outs)
-    width, height = (o2, i1) if last_before <= last_after else (i2, o1)  # of the grid as the other product finds it
-    first = [Gemm(o1, width, i1, batch=tokens)] if i1 != o1 else []
-    last = [Gemm(tokens * height, o2, i2)] if i2 != o2 else []
-    return [*(last + first if last_before <= last_after else first + last), Pass(2 * tokens * o1 * o2)]
-
-
-def _mix(
-    x: Tensor, ins: Pair, outs: Pair, first: Factor | None, last: Factor | None, bias: Tensor | None = None
-) -> Tensor:
-    """(first (x) last) on the last axis, in the cheaper order: (..., product of ins) -> (..., product of outs)."""
-    if ins[0] == outs[0] == 1 and last is not None:
-        return linear(x, last, bias)
-    if ins == outs and bias is None:
-        return x
-    grid: Tensor = x.unflatten(-1, ins)
-    last_before, last_after = _orders(ins, outs)
-    if first is not None and (last is None or last_before <= last_after):
-        grid = grid if last is None else linear(grid, last)
-        return mix(tensor_of(first), grid, bias)
-    if first is not None:
-        grid = mix(tensor_of(first), grid).unflatten(-1, (outs[0], ins[1]))
-    y = (grid if last is None else linear(grid, last)).flatten(-2)
-    return y if bias is None else y + bias.to(y.dtype)  # under autocast y is narrower
-
-
 @register
 @final
 @dataclass(frozen=True)
@@ -197,7 +159,7 @@ class Tucker(Decomposition):
             rows are looked up one at a time, fold the columns.
         heads: size of the folded side's first mode where it divides; None: the two factors nearest to each other.
         ranks: fixed ranks (first folded mode, last folded mode, other side); None: the budget chooses.
-        sweeps: HOOI iterations; 0: truncated HOSVD.
+        sweeps: HOOI iterations (of alternating least squares in a weighted fit); 0: truncated HOSVD.
     """
 
     name: ClassVar[str] = "tucker"
@@ -241,6 +203,9 @@ class Tucker(Decomposition):
     def analyse(self, weight: Tensor) -> Analysis:
         return _TuckerAnalysis(weight, self.sweeps)
 
+    def analyse_weighted(self, weight: Tensor, importance: Importance) -> Analysis:
+        return _WeightedAnalysis(weight, importance, self.sweeps)
+
 
 @final
 class _TuckerAnalysis(Analysis):
@@ -278,11 +243,7 @@ class _TuckerAnalysis(Analysis):
             core, rotations = _hooi(core / scale, {axis: s.ranks[axis] for axis in cut}, self._sweeps)
             core = core * scale
             bases = {axis: bases[axis] @ rotations[axis] for axis in cut}
-        core, bases = _levelled(core, bases)
-        names = ("row_first", "row_last", "col_first", "col_last")
-        factors = {names[axis]: basis if axis < 2 else basis.T for axis, basis in bases.items()}
-        factors["core"] = core.reshape(math.prod(s.row_ranks), math.prod(s.col_ranks))
-        return {name: factors[name] for name in s.factor_specs()}
+        return _stored(s, core, bases)
 
     def _unfolded(self, modes: tuple[int, ...], axis: int) -> Tensor:
         return self._weight.reshape(modes).movedim(axis, 0).flatten(1)
@@ -349,3 +310,70 @@ def _levelled(core: Tensor, bases: Mapping[int, Tensor]) -> tuple[Tensor, dict[i
         column = share.view([-1 if a == axis else 1 for a in range(core.dim())])
         core = torch.where(column > 0, core / column, 0.0)
     return core, {axis: basis * shares[axis] for axis, basis in bases.items()}
+
+
+def _stored(s: TuckerTensor, core: Tensor, bases: Mapping[int, Tensor]) -> dict[str, Tensor]:
+    """Factors by name from a core of order 4 and an orthonormal basis for each axis that is cut."""
+    core, bases = _levelled(core, bases)
+    names = ("row_first", "row_last", "col_first", "col_last")
+    factors = {names[axis]: basis if axis < 2 else basis.T for axis, basis in bases.items()}
+    factors["core"] = core.reshape(math.prod(s.row_ranks), math.prod(s.col_ranks))
+    return {name: factors[name] for name in s.factor_specs()}
+
+
+@final
+class _WeightedAnalysis(Analysis):
+    """Alternating least squares; a problem for each way that a side is folded."""
+
+    def __init__(self, weight: Tensor, importance: Importance, sweeps: int) -> None:
+        self._weight = weight
+        self._metric = importance.metric(weight)
+        self._sweeps = sweeps
+        self._problems: dict[tuple[bool, Pair], FoldedTucker] = {}
+        self._errors: dict[tuple[bool, Pair, Pair], list[float]] = {}
+
+    def squared_errors(self, structures: Sequence[Structure]) -> list[float]:
+        return [self._price(_checked(structure)) for structure in structures]
+
+    def _price(self, s: TuckerTensor) -> float:
+        by_rows, modes, ranks, rank = _folded(s)
+        key = (by_rows, modes, ranks)
+        if key not in self._errors:
+            self._errors[key] = self._problem(by_rows, modes).errors(ranks)
+        errors = self._errors[key]
+        return self._metric.scale * errors[min(rank, len(errors) - 1)]
+
+    def _problem(self, by_rows: bool, modes: Pair) -> FoldedTucker:
+        if (by_rows, modes) not in self._problems:
+            rows, cols, scale = self._metric.rows, self._metric.cols, self._metric.scale
+            metric = self._metric if by_rows else Metric(cols, rows, scale)
+            self._problems[by_rows, modes] = FoldedTucker(self._weight if by_rows else self._weight.T, metric, modes)
+        return self._problems[by_rows, modes]
+
+    def factors(self, structure: Structure) -> dict[str, Tensor]:
+        s = _checked(structure)
+        by_rows, modes, ranks, rank = _folded(s)
+        problem, size = self._problem(by_rows, modes), s.cols if by_rows else s.rows
+        state = problem.fit(ranks, min(rank, math.prod(ranks)), self._sweeps)
+        bases = {axis: basis for axis, basis in enumerate((state.first, state.last)) if ranks[axis] < modes[axis]}
+        core = state.left
+        if rank == size:
+            core = problem.whole(state)
+        else:
+            basis, triangle = torch.linalg.qr(problem.right(state).T)  # (size, rank)
+            bases[3], core = basis, core @ triangle.T
+        grid = core.view(*ranks, 1, -1)
+        if not by_rows:
+            grid = grid.permute(2, 3, 0, 1)
+            bases = {(axis + 2) % 4: basis for axis, basis in bases.items()}
+        dtype = self._weight.dtype
+        return _stored(s, grid.to(dtype), {axis: basis.to(dtype) for axis, basis in bases.items()})
+
+
+def _folded(s: TuckerTensor) -> tuple[bool, Pair, Pair, int]:
+    """Whether the rows are the folded side, its modes and ranks, and the rank of the other side."""
+    if s.col_modes[0] == 1:
+        return True, s.row_modes, s.row_ranks, s.col_ranks[1]
+    if s.row_modes[0] == 1:
+        return False, s.col_modes, s.col_ranks, s.row_ranks[1]
+    raise StructureError(f"{s} folds both sides; a weighted fit is possible where one is folded")

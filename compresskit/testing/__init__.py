@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from compresskit.core.decomposition import Decomposition
-from compresskit.testing import fits, inputs, modules, structures
+from compresskit.testing import fits, inputs, modules, structures, weighted
 from compresskit.testing.cases import Check
 
 __all__ = ["CHECKS", "check_decomposition"]
@@ -50,6 +50,14 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         "zero": fits.zero,
         "dtypes": fits.dtypes,
         "bad-weights": fits.bad_weights,
+        "weighted-better": weighted.better,
+        "weighted-price": weighted.price,
+        "weighted-identity": weighted.identity,
+        "weighted-scale": weighted.scale,
+        "weighted-zero": weighted.zero,
+        "weighted-factors": weighted.factors,
+        "weighted-determinism": weighted.determinism,
+        "weighted-refusals": weighted.refusals,
         "wrong-shapes": inputs.wrong_shapes,
         "size": modules.size,
         "like-linear": modules.like_linear,

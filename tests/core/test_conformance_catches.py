@@ -372,7 +372,8 @@ def test_refusing_second_derivatives_is_allowed():
 
 
 def test_every_check_has_something_to_catch():
-    assert {case.values[0] for case in BROKEN} == set(CHECKS)
+    """Those of weighted fits: test_conformance_catches_weighted.py."""
+    assert {case.values[0] for case in BROKEN} == {name for name in CHECKS if not name.startswith("weighted")}
 
 
 def test_an_unregistered_one_is_told_so():

@@ -14,7 +14,6 @@ from compresskit.core.importance import Importance
 from compresskit.core.kron_als import Blocks, orthonormal
 from compresskit.core.kron_refine import Refinement
 from compresskit.core.kron_weighted import STAGES, Shape, WeightedSums
-from compresskit.errors import ImportanceError
 from compresskit.testing.cases import normal
 
 ROUNDS = 4
@@ -136,10 +135,3 @@ def test_prices_are_never_below_the_fit_whatever_was_priced_beside_them(rows):
         assert error <= min(price, alone) + slack
         assert alone <= price + slack
     assert len(STAGES) > 1
-
-
-def test_negative_eigenvalues_are_refused():
-    moment = torch.block_diag(*[torch.tensor([[1.0, 2.0], [2.0, 1.0]])] * 2)
-    blocks = blocks_of(normal(4, 4), Grid(True, 2, 2), Importance(moment))
-    with pytest.raises(ImportanceError, match="positive semi-definite"):
-        blocks.start(1)
