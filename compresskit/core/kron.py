@@ -162,17 +162,14 @@ def _wide_last(z: Tensor, n: int, wide: Tensor, bias: Tensor | None, form: KronF
     p, r = form.p, form.r
     if p == 1 and out is None:
         return F.linear(z, wide, bias)
-    if bias is not None and not form.small_left:
-        bias = _swap(bias.view(1, r * p), r, p).view(p * r)
-    if out is None and torch.is_grad_enabled():
+    if out is None and (torch.is_grad_enabled() or n * p * r <= FEW_NUMBERS):
         y = F.linear(z, wide).view(n, p * r)
-        y = y if bias is None else y + bias
-    else:
-        y = out if out is not None and form.small_left else z.new_empty(n, p * r)
-        beta = 0 if bias is None else 1
-        if bias is not None:
-            y.copy_(bias)
-        torch.addmm(y.view(n * p, r), z, wide.t(), beta=beta, out=y.view(n * p, r))
+        y = y if form.small_left else _swap(y, p, r)
+        return y if bias is None else y + bias
+    y = out if out is not None and form.small_left else z.new_empty(n, p * r)
+    if bias is not None:
+        y.copy_(bias if form.small_left else _swap(bias.view(1, r * p), r, p))
+    torch.addmm(y.view(n * p, r), z, wide.t(), beta=0 if bias is None else 1, out=y.view(n * p, r))
     return y if form.small_left else _into(_swap(y, p, r), out)
 
 
