@@ -97,6 +97,7 @@ def check_report(text, results):
     assert f"({results['peers']['figures']['tokens_4']['dense_ratio']:.2f}) |" in text
     assert f"| {results['roofline']['figures']['tokens_4']['dense_ratio']:.2f} (" in text
     assert f"| {results['cost-model']['figures']['layers']['number']} |" in text
+    assert f"| 48 x 64 | {results['large-weight']['figures']['achieved_ratio']:.2f} |" in text
     assert results["command"]["hardware"]["cpu"] in text
     assert "Skipped: sts_b: no folder was given with --data." in text
     assert "Not measured" not in text
