@@ -48,8 +48,8 @@ bench: $(VENV)/.dev
 
 # In order of value; what has a result is left out, so the same command goes on after an interruption.
 experiments: $(VENV)/.dev
-	$(BIN)/python -m benchmarks run corpus-distill --only 'short-*' --data $(DATA) --work $(WORK)
-	$(BIN)/python -m benchmarks run corpus-distill --only 'long-encoder-*' --data $(DATA) --work $(WORK)
+	$(BIN)/python -m benchmarks run corpus-distill --only '*-encoder-*' --data $(DATA) --work $(WORK)
+	$(BIN)/python -m benchmarks run corpus-distill --only '[as]*' --data $(DATA) --work $(WORK)
 	$(BIN)/python -m benchmarks run recipe --only 'two-7.7-*' --data $(DATA) --work $(WORK)
 	$(BIN)/python -m benchmarks run corpus-distill --data $(DATA) --work $(WORK)
 	$(BIN)/python -m benchmarks run recipe --data $(DATA) --work $(WORK)

@@ -176,16 +176,14 @@ def close(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def _sampler(rows: Rows, settings: TrainSettings) -> BucketSampler:
-    return BucketSampler(list(rows["length"]), settings.batch_size, settings.seed)
-
-
 @final
 class _Curve(TrainerCallback):
     """Measures the student every so many steps and writes that into the log, which checkpoints carry along."""
 
     def __init__(self, every: int, measure: Measure, rows: Rows, settings: TrainSettings) -> None:
-        self._every, self._measure, self._rows, self._settings = every, measure, rows, settings
+        self._every, self._measure, self._settings = every, measure, settings
+        self._lengths = rows.select_columns("length")[:]["length"]  # row by row would take seconds
+        self._sampler = BucketSampler(self._lengths, settings.batch_size, settings.seed)
         self.began = 0
         self.projection: nn.Module | None = None
 
@@ -206,10 +204,10 @@ class _Curve(TrainerCallback):
 
     def tokens(self, steps: int) -> int:
         """Real tokens in the first steps."""
-        lengths, sampler, seen, epoch = list(self._rows["length"]), _sampler(self._rows, self._settings), 0, 0
+        seen, epoch, size = 0, 0, self._settings.batch_size
         while steps > 0:
-            sampler.set_epoch(epoch)
-            order = list(sampler)
-            seen += sum(lengths[i] for i in order[: steps * self._settings.batch_size])
-            steps, epoch = steps - math.ceil(len(order) / self._settings.batch_size), epoch + 1
+            self._sampler.set_epoch(epoch)
+            order = list(self._sampler)
+            seen += sum(self._lengths[i] for i in order[: steps * size])
+            steps, epoch = steps - math.ceil(len(order) / size), epoch + 1
         return seen
