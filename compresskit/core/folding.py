@@ -10,6 +10,8 @@ from torch import Tensor
 FINE_STEP, COARSE_STEP = 1.015, 1.4
 SINGLE_TAIL = 0.01
 """Share of the energy that must be left out (a relative error of 0.1) for a spectrum to be computed in float32."""
+HALVED_SIZE = 128
+"""From this side on, half of a Gram matrix is left out (5/8 are multiplied, in four strips)."""
 CUTS = ((3, 4), (4, 3), (3, 3), (2, 4), (4, 2), (2, 2))
 """Quarters of two folded modes that menus offer besides both in full."""
 
@@ -40,12 +42,25 @@ def _spaced(top: int, step: float) -> Iterator[int]:
     yield top
 
 
+def row_gram(matrix: Tensor) -> Tensor:
+    """matrix @ matrix.T in the matrix's dtype; of a large one, only what is on and above the diagonal is multiplied."""
+    n = len(matrix)
+    if n < HALVED_SIZE:
+        return matrix @ matrix.T
+    gram = matrix.new_empty(n, n)
+    step = -(-n // 4)
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        torch.matmul(matrix[start:stop], matrix[start:].T, out=gram[start:stop, start:])
+        gram[stop:, start:stop] = gram[start:stop, stop:].T
+    return gram
+
+
 def gram(matrix: Tensor, chunk: int = 4096) -> Tensor:
     """matrix.T @ matrix in float64, in chunks, so that the float64 copy stays small."""
     total = torch.zeros(matrix.shape[1], matrix.shape[1], dtype=torch.float64, device=matrix.device)
     for rows in matrix.split(chunk):
-        part = rows.double()
-        total.addmm_(part.T, part)
+        total += row_gram(rows.double().T)
     return total
 
 
@@ -65,11 +80,13 @@ class Unfolding:
                 the matrix's own dtype is enough: float32 blurs small components only, in half the time of float64.
         """
         self._tall = matrix.shape[0] > matrix.shape[1]
+        self.sound = min(matrix.shape)  # components that can be relied on and are at hand
         values, self._vectors = self._eigen(matrix, leading)
         self.energies: Tensor = values.clamp_min(0)  # squared singular values, float64
 
     def keep(self, k: int) -> None:
         """Forget all but the first k vectors to save memory; asking for more later computes them again."""
+        self.sound = min(self.sound, k)
         if k < self._vectors.shape[1]:
             self._vectors = self._vectors[:, :k].clone()
 
@@ -77,9 +94,10 @@ class Unfolding:
         """Squared singular values, and right singular vectors if tall, else left ones; leading first."""
         side = matrix if self._tall else matrix.T
         if leading is not None and leading < side.shape[1]:
-            values, vectors = torch.linalg.eigh(side.T @ side)
+            values, vectors = torch.linalg.eigh(row_gram(side.T))
             values = values.double()
             if float(values[:-leading].sum()) >= SINGLE_TAIL * float(values.sum()):
+                self.sound = leading
                 return values.flip(0), vectors.flip(-1)
         values, vectors = torch.linalg.eigh(gram(side))
         return values.flip(0), vectors.flip(-1).to(matrix.dtype)

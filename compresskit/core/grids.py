@@ -17,8 +17,6 @@ from torch.nn import functional as F
 
 COPY_COST = 64
 """What a rearranged copy of the weight costs besides its Gram matrix, in sides of a Gram matrix."""
-HALVED_SIZE = 128
-"""From this side on, half of a Gram matrix is left out (5/8 are multiplied, in four strips)."""
 
 
 class Grid(NamedTuple):
@@ -91,20 +89,6 @@ def _sources(fine: Grid, grids: Sequence[Grid], rows: int) -> list[tuple[Grid, G
         pairs.append((grid, min((g for g in done if g.refines(grid, rows)), key=lambda g: g.size)))
         done.append(grid)
     return pairs
-
-
-def block_gram(blocks: Tensor) -> Tensor:
-    """blocks @ blocks.T; of a large one, only what is on and above the diagonal is multiplied."""
-    n = len(blocks)
-    if n < HALVED_SIZE:
-        return blocks @ blocks.T
-    gram = blocks.new_empty(n, n)
-    step = -(-n // 4)
-    for start in range(0, n, step):
-        stop = min(start + step, n)
-        torch.matmul(blocks[start:stop], blocks[start:].T, out=gram[start:stop, start:])
-        gram[stop:, start:stop] = gram[start:stop, stop:].T
-    return gram
 
 
 def coarsen(gram: Tensor, fine: Grid, coarse: Grid) -> Tensor:

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compresskit.core.grids import Grid, block_gram, cut
+from compresskit.core.folding import row_gram
+from compresskit.core.grids import Grid, cut
 from compresskit.core.importance import Metric, Moment
 
 PROXIMAL = 1e-9
@@ -153,7 +154,7 @@ class Blocks:
 
 def _leading(blocks: Tensor, terms: int) -> Tensor:
     """Left singular vectors of blocks (p * q, r * s), one a row."""
-    vectors: Tensor = torch.linalg.eigh(block_gram(blocks)).eigenvectors
+    vectors: Tensor = torch.linalg.eigh(row_gram(blocks)).eigenvectors
     return vectors[:, -terms:].flip(-1).T
 
 

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from compresskit.core.cost import Gemm, Operation, Pass
 from compresskit.core.decomposition import Analysis, Decomposition, squared_norm
-from compresskit.core.grids import Grid, block_gram, coarsen, cover, cut
+from compresskit.core.folding import row_gram
+from compresskit.core.grids import Grid, coarsen, cover, cut
 from compresskit.core.importance import Importance
 from compresskit.core.kron import KronForm, kron_linear, swaps
 from compresskit.core.kron_weighted import Shape, WeightedSums
@@ -320,7 +321,7 @@ class _KroneckerAnalysis(Analysis):
         missing = sorted(grids - self._spectra.keys())
         by_size: dict[int, list[tuple[Grid, Tensor]]] = {}
         for fine, coarser in cover(tuple(missing), *self._weight.shape, MAX_SMALL_SIZE).items():
-            grams = {fine: block_gram(cut(self._scaled, fine))}
+            grams = {fine: row_gram(cut(self._scaled, fine))}
             for grid, source in coarser:
                 grams[grid] = coarsen(grams[source], source, grid)
                 by_size.setdefault(grid.size, []).append((grid, grams[grid]))
@@ -333,7 +334,7 @@ class _KroneckerAnalysis(Analysis):
         (p, q), (r, s), k = structure.small, structure.wide, structure.terms
         blocks = cut(self._weight, _grid(structure))
         scaled = blocks if self._scaled is self._weight else cut(self._scaled, _grid(structure))
-        _, vectors = torch.linalg.eigh(block_gram(scaled).double())
+        _, vectors = torch.linalg.eigh(row_gram(scaled).double())
         top = vectors[:, -k:].flip(-1).T.to(self._weight.dtype)  # (terms, p * q)
         top = top * torch.sign(top.gather(-1, top.abs().argmax(-1, keepdim=True)))  # eigenvectors have no sign
         wide = top @ blocks  # (terms, r * s)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from compresskit.core.cost import Gemm, Operation
 from compresskit.core.decomposition import Analysis, Decomposition, squared_norm
-from compresskit.core.folding import SINGLE_TAIL, gram
+from compresskit.core.folding import SINGLE_TAIL, gram, row_gram
 from compresskit.core.importance import Importance, Metric, Moment
 from compresskit.core.registry import register
 from compresskit.core.structure import Factor, Structure, TensorSpec, linear
@@ -144,7 +144,7 @@ class _ExactAnalysis(Analysis):
     def _prepare(self, rank: int) -> None:
         if rank <= self._vectors.shape[1]:
             return
-        self._vectors = torch.linalg.eigh(self._tall.T @ self._tall).eigenvectors[:, -rank:].flip(-1)
+        self._vectors = torch.linalg.eigh(row_gram(self._tall.T)).eigenvectors[:, -rank:].flip(-1)
         norms = torch.linalg.vector_norm(self._tall @ self._vectors, dim=0)
         kept = [0.0, *norms.double().square().cumsum(0).tolist()]
         self._errors = [max(self._energy - energy, 0.0) for energy in kept]

@@ -7,6 +7,7 @@ the best case of its size for almost every weight, and folding both sides (order
 folds one side. Weighted by what a layer sees: core/tucker_als.py.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -219,25 +220,27 @@ class _TuckerAnalysis(Analysis):
 
     def squared_errors(self, structures: Sequence[Structure]) -> list[float]:
         tuckers = [_checked(structure) for structure in structures]
-        kept: dict[tuple[int, ...], Tensor] = {}
+        kept: dict[tuple[int, ...], Mapping[tuple[int, ...], float]] = {}
         for modes in dict.fromkeys(s.modes for s in tuckers):
-            same = [s for s in tuckers if s.modes == modes]
-            cut = {axis for s in same for axis in _cut(s)}
-            tops = {axis: max(s.ranks[axis] for s in same) for axis in cut}
-            energies = self._project(modes, tops).double().square_()
-            for axis in range(len(modes)):
-                energies = energies.cumsum_(axis)
-            for axis in cut:
-                self._unfolding(modes, axis).keep(max((s.ranks[axis] for s in same if axis in _cut(s)), default=1))
-            kept[modes] = energies  # [i, j, k, l]: what ranks (i + 1, j + 1, k + 1, l + 1) keep
-        return [max(self._energy - _kept(kept[s.modes], s.ranks), 0.0) for s in tuckers]
+            ranks = [sorted({s.ranks[axis] for s in tuckers if s.modes == modes}) for axis in range(len(modes))]
+            cuts = [[rank for rank in own if rank < n] for n, own in zip(modes, ranks, strict=True)]
+            cut = {axis: own[-1] for axis, own in enumerate(cuts) if own}
+            for axis, most in cut.items():
+                self._unfolding(modes, axis, most)
+            kept[modes] = _leading_energies(self._project(modes, {axis: ranks[axis][-1] for axis in cut}), ranks)
+            for axis, most in cut.items():
+                self._unfolding(modes, axis).keep(most)
+        return [max(self._energy - kept[s.modes][s.ranks], 0.0) for s in tuckers]
 
     def factors(self, structure: Structure) -> dict[str, Tensor]:
         s = _checked(structure)
         cut = _cut(s)
         scale = max(self._weight.max(), -self._weight.min())
         wide = len(cut) > 1 and bool(scale > 0)
-        core = self._project(s.modes, {axis: s.ranks[axis] * (HOOI_WIDTH if wide else 1) for axis in cut})
+        widths = {axis: s.ranks[axis] * (HOOI_WIDTH if wide else 1) for axis in cut}
+        for axis, width in widths.items():
+            self._unfolding(s.modes, axis, width)
+        core = self._project(s.modes, widths)
         bases = {a: self._unfolding(s.modes, a).basis(self._unfolded(s.modes, a), core.shape[a]) for a in cut}
         if wide:
             core, rotations = _hooi(core / scale, {axis: s.ranks[axis] for axis in cut}, self._sweeps)
@@ -248,10 +251,12 @@ class _TuckerAnalysis(Analysis):
     def _unfolded(self, modes: tuple[int, ...], axis: int) -> Tensor:
         return self._weight.reshape(modes).movedim(axis, 0).flatten(1)
 
-    def _unfolding(self, modes: tuple[int, ...], axis: int, leading: int | None = None) -> Unfolding:
-        if (modes, axis) not in self._unfoldings:
-            self._unfoldings[modes, axis] = Unfolding(self._unfolded(modes, axis), leading)
-        return self._unfoldings[modes, axis]
+    def _unfolding(self, modes: tuple[int, ...], axis: int, leading: int = 0) -> Unfolding:
+        """Of an axis, sound in at least so many leading components: the one at hand where it is."""
+        known = self._unfoldings.get((modes, axis))
+        if known is None or known.sound < min(leading, len(known.energies)):
+            known = self._unfoldings[modes, axis] = Unfolding(self._unfolded(modes, axis), leading)
+        return known
 
     def _project(self, modes: tuple[int, ...], widths: Mapping[int, int]) -> Tensor:
         """The weight in the leading HOSVD vectors of some modes: the leading block of the full core, other modes whole.
@@ -261,7 +266,7 @@ class _TuckerAnalysis(Analysis):
         tensor = self._weight.reshape(modes)
         for axis in sorted(widths, key=lambda axis: -modes[axis]):
             moved = tensor.movedim(axis, 0)
-            part = self._unfolding(modes, axis, widths[axis]).coordinates(moved.flatten(1), widths[axis])
+            part = self._unfolding(modes, axis).coordinates(moved.flatten(1), widths[axis])
             tensor = part.unflatten(1, moved.shape[1:]).movedim(0, axis)
         return tensor
 
@@ -276,8 +281,15 @@ def _cut(structure: TuckerTensor) -> list[int]:
     return [axis for axis, (n, rank) in enumerate(zip(structure.modes, structure.ranks, strict=True)) if rank < n]
 
 
-def _kept(energies: Tensor, ranks: Sequence[int]) -> float:
-    return float(energies[tuple(min(rank, n) - 1 for rank, n in zip(ranks, energies.shape, strict=True))])
+def _leading_energies(core: Tensor, ranks: Sequence[Sequence[int]]) -> dict[tuple[int, ...], float]:
+    """Energy of every leading block of the core whose sizes are among these ascending ranks."""
+    sums = core.double().square_()
+    for axis, own in enumerate(ranks):
+        ends = [min(rank, core.shape[axis]) for rank in own]
+        if own != [1]:
+            parts = [sums.narrow(axis, a, b - a).sum(axis) for a, b in itertools.pairwise([0, *ends])]
+            sums = torch.stack(parts, axis).cumsum(axis)
+    return dict(zip(itertools.product(*ranks), sums.flatten().tolist(), strict=True))
 
 
 def _hooi(block: Tensor, ranks: Mapping[int, int], sweeps: int) -> tuple[Tensor, dict[int, Tensor]]:

@@ -15,6 +15,7 @@ from compresskit.core.importance import Importance
 from compresskit.core.modules import FactorizedEmbedding
 from compresskit.errors import PlanError, WeightError
 from compresskit.surgery.layout import swap_
+from compresskit.surgery.parallel import map_in_threads
 from compresskit.surgery.plan import Plan, PlannedSite, group_name
 from compresskit.surgery.pricing import OnProgress, Progress
 from compresskit.surgery.sites import Refusal, count_params, find_sites, site_weight
@@ -169,25 +170,27 @@ def apply_(
     modules: dict[str, nn.Module] = {}
     reports: list[SiteReport] = []
     changes: dict[nn.Parameter, Tensor] = {}
-    energy = lost = 0.0
-    for planned in plan.sites:
+
+    def ready(planned: PlannedSite) -> _Ready:
         name = planned.site.name
-        fit = (fits or {}).get(name) or fit_site(
-            model, planned, (importances or {}).get(name), (analyses or {}).get(name)
-        )
-        _check_finite(planned, fit)
-        fitted, norm = fit.fitted, math.sqrt(squared_norm(as_matrix(site_weight(model, planned.site))))
-        changes.update(_bias_changes(model, planned, fit))
-        modules.update(modules_of(model, planned, fitted))
-        reports.append(_site_report(planned, fitted))
-        energy, lost = energy + norm**2, lost + (norm * fitted.relative_error) ** 2
+        importance, analysis = (importances or {}).get(name), (analyses or {}).get(name)
+        return _ready(model, planned, (fits or {}).get(name) or fit_site(model, planned, importance, analysis))
+
+    def done(site: _Ready) -> None:
+        modules.update(site.modules)
+        changes.update(site.bias_changes)
+        reports.append(site.report)
         if on_progress is not None and fits is None:
-            error = fitted.relative_error if fitted.weighted_error is None else fitted.weighted_error
-            on_progress(Progress("fit", name, len(reports), len(plan.sites), error))
+            error = site.report.relative_error if site.report.weighted_error is None else site.report.weighted_error
+            on_progress(Progress("fit", site.report.name, len(reports), len(plan.sites), error))
+
+    sites = map_in_threads(ready, plan.sites, device=next(model.parameters()).device, on_done=done)
     swap_(model, modules)
     with torch.no_grad():
         for bias, change in changes.items():
             bias.add_(change)
+    energy = sum(site.norm**2 for site in sites)
+    lost = sum((site.norm * site.report.relative_error) ** 2 for site in sites)
     return Report(
         sites=tuple(reports),
         left=plan.left,
@@ -239,6 +242,27 @@ def fit_site(
     if importance is None or importance.mean is None:
         return SiteFit(fitted, None)
     return SiteFit(fitted, fitted.bias_change(matrix, importance.mean))
+
+
+@final
+@dataclass(frozen=True)
+class _Ready:
+    """A fitted site: its modules by name, what its biases gain, what is reported of it, the norm of its weight."""
+
+    modules: Mapping[str, nn.Module]
+    bias_changes: Mapping[nn.Parameter, Tensor]
+    report: SiteReport
+    norm: float
+
+
+def _ready(model: nn.Module, planned: PlannedSite, fit: SiteFit) -> _Ready:
+    _check_finite(planned, fit)
+    return _Ready(
+        modules_of(model, planned, fit.fitted),
+        _bias_changes(model, planned, fit),
+        _site_report(planned, fit.fitted),
+        math.sqrt(squared_norm(as_matrix(site_weight(model, planned.site)))),
+    )
 
 
 def _check_finite(planned: PlannedSite, fit: SiteFit) -> None:

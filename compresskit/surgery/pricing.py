@@ -1,5 +1,6 @@
 """From rules and a budget to a plan: analyse every site once, price its menu, let the budget choose."""
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from compresskit.core.structure import Structure
 from compresskit.errors import BudgetError
 from compresskit.surgery.budget import Choice, TimeLimitError, least_time_ns, solve
 from compresskit.surgery.limits import Limits, choice_of, four_digits_down, limits_of, thinned
+from compresskit.surgery.parallel import map_in_threads
 from compresskit.surgery.plan import Plan, PlannedSite, runs_slower
 from compresskit.surgery.rules import Assignment
 from compresskit.surgery.sites import Refusal, Site, site_weight
@@ -118,11 +120,7 @@ def make_plan(
     else:
         _refuse_unreachable(assignment, menus, rest, num_params, max_params)
         menus = _narrow(assignment, menus, limits, uniform=uniform)
-    priced: list[_Priced] = []
-    for site, decomposition in assignment.chosen:
-        priced.append(_price(model, site, decomposition, menus[site.name], (importances or {}).get(site.name)))
-        if on_progress is not None:
-            on_progress(Progress("analyse", site.name, len(priced), len(assignment.chosen)))
+    priced = _price_all(model, assignment, menus, importances or {}, on_progress)
     if max_params is None:
         picks, gap = [(p, len(p.structures) - 1) for p in priced], 0.0
         _refuse_work(picks, limits)
@@ -265,6 +263,26 @@ def _alike(choices: Sequence[Choice], number: int, size: int) -> list[Choice]:
 def _least(site: Site, menu: Sequence[Structure]) -> int:
     """Fewest parameters that a site can have."""
     return min((s.num_params + site.extra_params for s in menu), default=site.num_params)
+
+
+def _price_all(
+    model: nn.Module,
+    assignment: Assignment,
+    menus: Mapping[str, Sequence[Structure]],
+    importances: Mapping[str, Importance],
+    on_progress: OnProgress | None,
+) -> list[_Priced]:
+    total, numbers = len(assignment.chosen), itertools.count(1)
+
+    def price(pair: tuple[Site, Decomposition]) -> _Priced:
+        name = pair[0].name
+        return _price(model, *pair, menus[name], importances.get(name))
+
+    def show(priced: _Priced) -> None:
+        if on_progress is not None:
+            on_progress(Progress("analyse", priced.site.name, next(numbers), total))
+
+    return map_in_threads(price, assignment.chosen, device=next(model.parameters()).device, on_done=show)
 
 
 def _price(

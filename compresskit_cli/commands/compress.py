@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 )
 @click.option("--force", is_flag=True, help="Replace an existing output folder, once the new one is complete.")
 @click.option(
-    "--measure/--no-measure", default=None, help="Time the result against the dense model. Default: if it takes < 1 s."
+    "--measure/--no-measure", default=None, help="Time the result against the dense model. Default: if it is cheap."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(

@@ -137,6 +137,15 @@ def test_structures_of_several_folds_are_priced_together():
     assert analysis.squared_errors([]) == []
 
 
+def test_larger_ranks_are_not_priced_with_what_served_small_ones():
+    left, right = (torch.linalg.qr(normal(n, 12, seed=n))[0] for n in (200, 12))
+    weight = (left * 0.2 ** torch.arange(12) @ right.T).float()  # 4 % of the energy is beyond the first component
+    small, large = (TuckerTensor(200, 12, (1, 200), (3, 4), (1, rank), (3, 4)) for rank in (1, 4))
+    analysis = Tucker().analyse(weight)
+    for structure in (small, large):
+        assert analysis.squared_errors([structure]) == Tucker().analyse(weight).squared_errors([structure])
+
+
 def test_tensorly_and_the_generators_are_left_as_they_were():
     before, numpy_state, torch_state = tl.get_backend(), np.random.get_state()[1].copy(), torch.get_rng_state()
     first = Tucker().fit(sample_weight(24, 30), structure=FULL)

@@ -1,0 +1,53 @@
+"""Sites side by side: linear algebra on one layer's weight hardly uses a second core, that on two weights does."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+MAX_WORKERS = 8
+"""Items worked on at a time: each holds copies of a weight, which a machine of many cores must not multiply by all."""
+
+
+def map_in_threads(
+    function: Callable[[T], R], items: Sequence[T], *, device: torch.device, on_done: Callable[[R], None]
+) -> list[R]:
+    """`function` of each item, in order, several at a time, the cores shared between them.
+
+    An eigendecomposition of a 768 x 768 matrix takes 34 ms on two cores, but two of them side by side take 22 ms each.
+    The results do not depend on the order of the work. On a GPU, which runs one after the other anyway: one at a time.
+
+    Args:
+        device: where the function computes.
+        on_done: called in this thread with each result, in order.
+
+    Raises:
+        The first error in the order of the items; what has not begun by then is not begun.
+    """
+    results: list[R] = []
+    workers = min(torch.get_num_threads(), len(items), MAX_WORKERS) if device.type == "cpu" else 1
+    with _mapped(function, items, workers) as ordered:
+        for result in ordered:
+            results.append(result)
+            on_done(result)
+    return results
+
+
+@contextmanager
+def _mapped(function: Callable[[T], R], items: Sequence[T], workers: int) -> Iterator[Iterator[R]]:
+    """The results as they come; afterwards nothing runs any more, and torch has its threads back."""
+    if workers <= 1:
+        yield map(function, items)
+        return
+    threads, pool = torch.get_num_threads(), ThreadPoolExecutor(workers)
+    torch.set_num_threads(threads // workers)
+    try:
+        yield pool.map(function, items)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
