@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from compresskit_cli.loading import quiet_transformers
 from compresskit_cli.render import progress_console
 
 if TYPE_CHECKING:
+    from compresskit.recipes import OnStage
     from compresskit.tasks import OnTrainProgress, TrainProgress
 
 
@@ -23,18 +25,28 @@ def quiet() -> None:
 @contextmanager
 def training_bar() -> Iterator["OnTrainProgress"]:
     """A bar on the standard error: steps, time left, loss, throughput, last score. Silent if that is no terminal."""
-    with _bar("{task.fields[said]}") as bar:
-        row = bar.add_task("training", total=None, said="")
+    with stage_bars() as show:
+        yield partial(show, "training")
 
-        def show(progress: "TrainProgress") -> None:
-            bar.update(row, completed=progress.step, total=progress.total, said=training_line(progress))
+
+@contextmanager
+def stage_bars() -> Iterator["OnStage"]:
+    """A bar as `training_bar` for each stage, by its name."""
+    with _bar("{task.fields[said]}") as bar:
+        rows: dict[str, Any] = {}
+
+        def show(stage: str, progress: "TrainProgress") -> None:
+            if stage not in rows:
+                rows[stage] = bar.add_task(stage, total=None, said="")
+            bar.update(rows[stage], completed=progress.step, total=progress.total, said=training_line(progress))
 
         yield show
 
 
 def training_line(progress: "TrainProgress") -> str:
-    """`epoch 1.20  loss 0.512  310 examples/s  f1 0.812`."""
-    loss = "" if progress.loss is None else f"loss {progress.loss:.4f}  "
+    """`epoch 1.20  loss 0.512 (logits 0.312, task 0.200)  310 examples/s  f1 0.812`."""
+    terms = ", ".join(f"{name} {value:.3g}" for name, value in progress.terms.items())
+    loss = "" if progress.loss is None else f"loss {progress.loss:.4f}{f' ({terms})' if terms else ''}  "
     scores = "".join(f"  {name} {value:.4f}" for name, value in list(progress.metrics.items())[:2])
     return f"epoch {progress.epoch:.2f}  {loss}{progress.examples_per_s:,.0f} examples/s{scores}"
 
@@ -71,3 +83,21 @@ def spare_model(model: str, output: Path) -> None:
         source, target = folder.resolve(), output.expanduser().resolve()
         if target in (source, *source.parents):
             raise OutputError(f"{output} holds the model that is to be trained; choose another folder")
+
+
+def run_folder(output: Path, *, resume: bool, force: bool) -> Path:
+    """Where checkpoints go until the output is complete.
+
+    Raises:
+        TrainingError: an interrupted run is there, and is neither to be resumed nor to be discarded.
+    """
+    from compresskit.errors import TrainingError
+    from compresskit.tasks import close_run, interrupted_run
+
+    path = output.expanduser().absolute()
+    run = path.with_name(f"{path.name}.run")
+    if interrupted_run(run) and not resume:
+        if not force:
+            raise TrainingError(f"{run} holds an interrupted run: --resume goes on with it, --force discards it")
+        close_run(run)
+    return run

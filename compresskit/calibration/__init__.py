@@ -5,5 +5,6 @@ from compresskit.calibration.data import read_batches
 from compresskit.calibration.files import load_calibration
 from compresskit.calibration.moments import Calibration, Use
 from compresskit.calibration.refine import Refine
+from compresskit.calibration.rotate import rotate_values_
 
-__all__ = ["Calibration", "Refine", "Use", "calibrate", "load_calibration", "read_batches"]
+__all__ = ["Calibration", "Refine", "Use", "calibrate", "load_calibration", "read_batches", "rotate_values_"]

@@ -29,7 +29,7 @@ from compresskit.core.importance import Metric, Moment
 PROXIMAL = 1e-9
 """Weight of the distance from the last iterate, as a share of the mean diagonal of the normal equations: keeps them
 regular and moves no fixed point."""
-ENOUGH = 1e-4
+ENOUGH = 1e-3
 """A round that lowers the error by a smaller share is the last one."""
 NEAREST_ROUNDS = 2
 """Power iterations for the nearest product P (x) Q of the rows' moment."""

@@ -49,11 +49,18 @@ def model_card(
 
 
 def training_card(
-    title: str, rows: Sequence[Row], *, architecture: str, compressed: bool, base_model: str | None = None
+    title: str,
+    rows: Sequence[Row],
+    *,
+    architecture: str,
+    compressed: bool,
+    base_model: str | None = None,
+    how: str = "Trained on a task",
 ) -> str:
-    """Text of the model card of a model that was trained on a task.
+    """Text of the model card of a model that was trained.
 
     Args:
+        how: it was made; a sentence that goes on "with compresskit".
         rows: label and value of each setting and metric, in order.
         compressed: it has factorised layers, so compresskit has to be imported first.
     """
@@ -64,7 +71,7 @@ def training_card(
     parts = [
         *header,
         f"# {title}",
-        "Trained on a task with [compresskit](https://pypi.org/project/compresskit/).",
+        f"{how} with [compresskit](https://pypi.org/project/compresskit/).",
         "## How to open it",
         "\n".join(["```python", *lines, "```"]),
         "## Numbers",

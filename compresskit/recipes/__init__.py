@@ -9,7 +9,8 @@ result = recipes.distill(preset, teacher_folder, "run", task=find_task("sst2"), 
 
 from compresskit.recipes.definition import Compressed, Preset, ShapeRule, Smaller, StageRecipe, preset_from_data
 from compresskit.recipes.find import preset, preset_text, presets
-from compresskit.recipes.run import Distilled, StageResult, distill
+from compresskit.recipes.results import Distilled, StageResult, combined_log
+from compresskit.recipes.run import distill
 from compresskit.recipes.stages import OnStage
 from compresskit.recipes.students import MakeStudent, compression_plan, student_maker
 
@@ -23,6 +24,7 @@ __all__ = [
     "Smaller",
     "StageRecipe",
     "StageResult",
+    "combined_log",
     "compression_plan",
     "distill",
     "preset",

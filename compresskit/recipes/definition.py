@@ -11,7 +11,7 @@ from typing import Any, final
 from compresskit.distill import Objective, objective_from_data
 from compresskit.errors import CompresskitError, OptionError, UnknownNameError
 from compresskit.options import option_text, parse_options
-from compresskit.recipes.tables import merged, set_value, table_text
+from compresskit.recipes.tables import merged, set_value, table_text, value_of
 from compresskit.registration import suggestion
 from compresskit.tasks import TrainSettings
 
@@ -86,7 +86,7 @@ class StageRecipe:
     Args:
         settings: of the training.
         objective: the losses, without those of `mlm` and `nsp`.
-        max_length: tokens of an input; None: the task's.
+        max_length: tokens of an input at most; None: the task's. A tokenizer's limit may be lower.
         mlm, nsp: plain text only: also masked words and next sentence, where teacher and student have such heads.
         tasks: settings that differ for some tasks, by name.
     """
@@ -149,6 +149,14 @@ class Preset:
                 raise UnknownNameError(f"preset {self.title} has no table {part!r}, so there is no {name!r}")
             data = set_value(data, name, value)
         return preset_from_data(data, f"preset {self.title}")
+
+    def with_texts(self, values: Mapping[str, str]) -> "Preset":
+        """`with_values` with values as TOML writes them; what is none (a name without quotes) is a text.
+
+        Raises:
+            UnknownNameError, OptionError: as `with_values`.
+        """
+        return self.with_values({name: value_of(text) for name, text in values.items()})
 
     def to_toml(self) -> str:
         """The values in use, without the comments of the file."""

@@ -1,19 +1,14 @@
 """Presets by name: each file of `compresskit/recipes/presets` is one, and so is any file that a user has edited."""
 
 import re
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from compresskit.errors import OptionError, UnknownNameError
 from compresskit.recipes.definition import Preset, preset_from_data
+from compresskit.recipes.tables import read_tables
 from compresskit.registration import suggestion
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 FOLDER = Path(__file__).with_name("presets")
 VARIANT = re.compile(r'^variant\s*=\s*"[^"\n]*"', re.MULTILINE)
@@ -97,10 +92,9 @@ def _check_variant(variant: str, known: Iterable[str], where: str) -> None:
 
 def _tables(text: str, where: str) -> dict[str, Any]:
     try:
-        tables: dict[str, Any] = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        return read_tables(text)
+    except ValueError as error:
         raise OptionError(f"{where} is not TOML: {error}") from error
-    return tables
 
 
 def _choose(text: str, variant: str | None) -> str:

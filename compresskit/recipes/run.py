@@ -3,100 +3,27 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 import torch
 
 from compresskit.distill import Stage, TeacherCache, run_stages
-from compresskit.errors import DistillError, OptionError
+from compresskit.distill.anatomy import Anatomy
+from compresskit.distill.objective import bind
+from compresskit.errors import CompresskitError, OptionError
 from compresskit.recipes.definition import Preset, StageRecipe
 from compresskit.recipes.models import Models, open_models
-from compresskit.recipes.stages import CORPUS, LOG, TASK, OnStage, Splits, corpus_stage, load_splits, task_stage
+from compresskit.recipes.results import Distilled, read_stage
+from compresskit.recipes.stages import CORPUS, TASK, OnStage, Splits, corpus_stage, load_splits, task_stage
 from compresskit.recipes.students import Model, student_maker
 from compresskit.surgery.sites import count_params
-from compresskit.tasks import DevSet, Task, open_run
+from compresskit.tasks import Task, close_run, open_run
 
 SCORED = "scores.json"
 """In a run's folder: the teacher's and the untrained student's scores, so that a run that is resumed has them."""
 OnNote = Callable[[str], None]
-
-
-@final
-@dataclass(frozen=True)
-class StageResult:
-    """What one stage came to.
-
-    Args:
-        name: `corpus` or `task`.
-        steps: optimiser steps that were done.
-        best_step: after which the student was taken; the last one where nothing is scored.
-        metrics: of the dev split at that step; empty where nothing is scored.
-        loss: mean of the last entry of the log, with its terms.
-        time_s: of the process that ended it.
-        curve: (step, metrics) of every score.
-    """
-
-    name: str
-    steps: int
-    best_step: int
-    metrics: dict[str, float]
-    loss: dict[str, float]
-    time_s: float
-    curve: tuple[tuple[int, dict[str, float]], ...]
-
-
-@final
-@dataclass(frozen=True)
-class Distilled:
-    """A trained student.
-
-    Args:
-        student: in eval mode, on the processor.
-        tokenizer: of all the models.
-        preset: with all values that were used.
-        task: None without one.
-        metrics, before, teacher: of the dev split: the student, the student before training, the teacher.
-        params, teacher_params: of the whole models.
-        stages: in order.
-        max_length: tokens of an input of the task at most, None: as the task has it.
-        time_s: of this process alone, if the run was resumed.
-    """
-
-    student: Model = dataclasses.field(repr=False)
-    tokenizer: Any = dataclasses.field(repr=False)
-    preset: Preset
-    task: Task | None
-    metrics: dict[str, float]
-    before: dict[str, float]
-    teacher: dict[str, float]
-    params: int
-    teacher_params: int
-    stages: tuple[StageResult, ...]
-    max_length: int | None
-    time_s: float
-
-    @property
-    def ratio(self) -> float:
-        """Parameters of the teacher / of the student, whole models."""
-        return self.teacher_params / self.params
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything but the models, as plain data."""
-        return {
-            "preset": self.preset.title,
-            "task": None if self.task is None else self.task.name,
-            "metrics": self.metrics,
-            "before": self.before,
-            "teacher": self.teacher,
-            "parameters": self.params,
-            "teacher_parameters": self.teacher_params,
-            "ratio": self.ratio,
-            "stages": [dataclasses.asdict(stage) for stage in self.stages],
-            "time_s": self.time_s,
-        }
 
 
 def distill(
@@ -154,37 +81,29 @@ def distill(
     splits = None if task is None else load_splits(task, data, models.tokenizer, max_length=length)
     record = _record(preset, recipes, models, splits, ratio=ratio, params=params, max_length=length)
     open_run(folder, record, resume=resume)
-    seed = next(iter(recipes.values())).settings.seed
-    first, last = _students(preset, models, corpus=CORPUS in stages, ratio=ratio, params=params, seed=seed)
+    try:
+        first, last = _students(preset, models, recipes, ratio=ratio, params=params)
+        kept = TeacherCache(Path(cache or folder) / "teacher") if cache_teacher else None
+        made = _stages(
+            recipes,
+            models,
+            splits,
+            first,
+            last,
+            corpus=corpus,
+            text_cache=Path(cache or folder) / "text",
+            tokenizer=models.tokenizer,
+            folder=folder,
+            teacher_cache=kept,
+            on_progress=on_progress,
+        )
+    except CompresskitError:
+        if not resume:
+            close_run(folder)
+        raise
     ours, theirs = count_params(last), count_params(models.teacher)
     note(f"student: {ours:,} parameters, teacher: {theirs:,}, ratio {theirs / ours:.2f}")
     before, teachers = _scores(folder, splits, last, models.teacher)
-    kept = TeacherCache(Path(cache or folder) / "teacher") if cache_teacher else None
-    common: dict[str, Any] = {
-        "tokenizer": models.tokenizer,
-        "folder": folder,
-        "teacher_cache": kept,
-        "on_progress": on_progress,
-    }
-    made: list[Stage] = []
-    if CORPUS in stages:
-        assert corpus is not None
-        scored = splits.dev if splits is not None and TASK not in stages else None
-        made.append(
-            corpus_stage(
-                recipes[CORPUS],
-                teacher=models.base,
-                student=first,
-                corpus=corpus,
-                cache=Path(cache or folder) / "text",
-                dev=scored,
-                **common,
-            )
-        )
-    if TASK in stages:
-        assert splits is not None
-        target = last if first is not last else None
-        made.append(task_stage(recipes[TASK], teacher=models.teacher, splits=splits, student=target, **common))
     trained = run_stages(first, made, resume=resume).eval()
     return Distilled(
         student=trained.cpu(),
@@ -196,7 +115,7 @@ def distill(
         teacher=teachers,
         params=ours,
         teacher_params=theirs,
-        stages=tuple(_result(folder, stage, None if splits is None else splits.dev) for stage in made),
+        stages=tuple(read_stage(folder, stage.name, task) for stage in made),
         max_length=length,
         time_s=time.perf_counter() - start,
     )
@@ -241,7 +160,7 @@ def _recipes(preset: Preset, stages: Sequence[str], task: Task | None) -> dict[s
 
 
 def _students(
-    preset: Preset, models: Models, *, corpus: bool, ratio: float | None, params: int | None, seed: int
+    preset: Preset, models: Models, recipes: Mapping[str, StageRecipe], *, ratio: float | None, params: int | None
 ) -> tuple[Model, Model]:
     """The student of the first stage and that of the last, which may be the same."""
     if models.student is not None:
@@ -249,13 +168,50 @@ def _students(
             raise OptionError("a student of your own has its size: leave out ratio and params")
         return models.student, models.student
     make = student_maker(preset, models.teacher, ratio=ratio, params=params)
+    seed = next(iter(recipes.values())).settings.seed
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         last = make(models.teacher)
-        if not corpus or models.base is models.teacher:
+        if CORPUS not in recipes or models.base is models.teacher:
             return last, last
         torch.manual_seed(seed)
         return make(models.base), last
+
+
+def _stages(
+    recipes: Mapping[str, StageRecipe],
+    models: Models,
+    splits: Splits | None,
+    first: Model,
+    last: Model,
+    *,
+    corpus: str | Path | None,
+    text_cache: Path,
+    **common: Any,
+) -> list[Stage]:
+    """The stages in order, each checked against its models: what does not fit is found before hours of training."""
+    made: list[Stage] = []
+    if CORPUS in recipes:
+        assert corpus is not None
+        scored = splits.dev if splits is not None and TASK not in recipes else None
+        made.append(
+            corpus_stage(
+                recipes[CORPUS],
+                teacher=models.base,
+                student=first,
+                corpus=corpus,
+                cache=text_cache,
+                dev=scored,
+                **common,
+            )
+        )
+        bind(made[-1].objective, Anatomy(first, "student"), Anatomy(models.base, "teacher"))
+    if TASK in recipes:
+        assert splits is not None
+        target = last if first is not last else None
+        made.append(task_stage(recipes[TASK], teacher=models.teacher, splits=splits, student=target, **common))
+        bind(made[-1].objective, Anatomy(last, "student"), Anatomy(models.teacher, "teacher"))
+    return made
 
 
 def _scores(
@@ -285,28 +241,3 @@ def _record(
         "own student": None if models.student is None else count_params(models.student),
         **more,
     }
-
-
-def _result(folder: Path, stage: Stage, dev: DevSet | None) -> StageResult:
-    """Read from the stage's log, which is there even if an earlier process wrote it."""
-    lines = [json.loads(line) for line in (folder / stage.name / LOG).read_text("utf-8").splitlines()]
-    names = () if dev is None else dev.task.metrics
-    scores = (
-        [(line["step"], {name: line[f"eval_{name}"] for name in names}) for line in lines if f"eval_{names[0]}" in line]
-        if names
-        else []
-    )
-    steps = max((line["step"] for line in lines), default=0)
-    best, metrics = max(scores, key=lambda entry: entry[1][names[0]], default=(steps, {}))
-    losses = [line for line in lines if "loss" in line]
-    if not losses:
-        raise DistillError(f"the log of stage {stage.name} in {folder} has no loss; it is damaged")
-    return StageResult(
-        name=stage.name,
-        steps=steps,
-        best_step=best,
-        metrics=metrics,
-        loss={name: value for name, value in losses[-1].items() if name.startswith("loss")},
-        time_s=lines[-1]["time_s"],
-        curve=tuple(scores),
-    )

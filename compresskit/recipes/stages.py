@@ -93,7 +93,7 @@ def corpus_stage(
         DataError: no text there.
     """
     words, sentences = recipe.mlm and has_words(student, teacher), recipe.nsp and has_sentences(student, teacher)
-    length = recipe.max_length or 128
+    length = min(recipe.max_length or 128, tokenizer.model_max_length)
     rows: Any = load_corpus(corpus, tokenizer, cache=cache, max_length=(length + 1) // 2 if sentences else length)
     if sentences:
         rows = SentencePairs(rows, seed=recipe.settings.seed)

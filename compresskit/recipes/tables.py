@@ -1,10 +1,16 @@
 """Nested tables: merged, changed by dotted name, and written as TOML."""
 
 import json
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from compresskit.errors import OptionError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 Table = Mapping[str, Any]
 
@@ -34,6 +40,20 @@ def set_value(table: Table, name: str, value: Any) -> dict[str, Any]:
     if not isinstance(inner, Mapping):
         raise OptionError(f"{key!r} is no table but {inner!r}, so there is no {name!r}")
     return {**table, key: set_value(inner, rest, value)}
+
+
+def read_tables(text: str) -> dict[str, Any]:
+    """Nested tables of a TOML file; a ValueError says where it is none."""
+    tables: dict[str, Any] = tomllib.loads(text)
+    return tables
+
+
+def value_of(text: str) -> Any:
+    """The value that TOML writes so; a text that is no value of TOML is itself."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
 
 
 def table_text(table: Table, name: str = "") -> str:

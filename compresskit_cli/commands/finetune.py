@@ -44,14 +44,14 @@ def command(
     """
     from compresskit.hub import check_output
     from compresskit.tasks import TrainSettings
-    from compresskit_cli.training import quiet, spare_model
+    from compresskit_cli.training import quiet, run_folder, spare_model
 
     choice = TaskChoice(**{name: options.pop(name) for name in TaskChoice.__dataclass_fields__})
     task, settings = choice.chosen(), TrainSettings(**options)
     check_output(output, force=force)
     spare_model(model, output)
     quiet()
-    run = _run_folder(output, resume=resume, force=force)
+    run = run_folder(output, resume=resume, force=force)
     result = _train(model, task, data, run, settings, revision=revision, max_length=max_length, resume=resume)
     trained, folder, task, training = result
     _save(trained, folder, output, run, task, training, settings, force=force, model=model)
@@ -60,20 +60,6 @@ def command(
         click.echo(json.dumps(facts, indent=1))
     else:
         _print(output, task, training)
-
-
-def _run_folder(output: Path, *, resume: bool, force: bool) -> Path:
-    """Where checkpoints go until the output is complete."""
-    from compresskit.errors import TrainingError
-    from compresskit.tasks import close_run, interrupted_run
-
-    path = output.expanduser().absolute()
-    run = path.with_name(f"{path.name}.run")
-    if interrupted_run(run) and not resume:
-        if not force:
-            raise TrainingError(f"{run} holds an interrupted run: --resume goes on with it, --force discards it")
-        close_run(run)
-    return run
 
 
 def _train(

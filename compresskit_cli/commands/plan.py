@@ -42,20 +42,21 @@ def command(
     """
     from compresskit import plan
     from compresskit_cli import render
+    from compresskit_cli.files import check_file, write_file
     from compresskit_cli.loading import load
 
     arguments = Choice(**choice).arguments()
     texts = Samples(calibrate, samples, max_length, gradients, calibration)
     texts.check()
     if output is not None:
-        _check(output, force=force)
+        check_file(output, force=force, kind="JSON")
     loaded, folder = load(model, revision=revision, dtype=dtype, device=device, seed=seed)
     with render.progress_bar() as on_progress:
         moments = texts.collect(loaded, folder, seed=seed, on_progress=on_progress).get("calibration")
         made = plan(loaded, **arguments, calibration=moments, on_progress=on_progress)
     text = json.dumps(made.to_json(), indent=1)
     if output is not None:
-        _write(output, text)
+        write_file(output, text + "\n")
     if as_json:
         click.echo(text)
     else:
@@ -67,28 +68,3 @@ def command(
 def _replay(model: str, revision: str | None, output: Path) -> list[str]:
     pinned = [] if revision is None else ["--revision", revision]
     return ["compresskit", "compress", model, *pinned, "--plan", str(output)]
-
-
-def _check(path: Path, *, force: bool) -> None:
-    """Raise OutputError if the plan could not be written there; before the work, not after it."""
-    from compresskit.errors import OutputError
-
-    if path.is_dir():
-        raise OutputError(f"{str(path)!r} is a folder; give the name of a JSON file")
-    if path.exists() and not force:
-        raise OutputError(f"{str(path)!r} exists; --force replaces it")
-    if not path.absolute().parent.is_dir():
-        raise OutputError(f"{str(path)!r} cannot be written: there is no folder {str(path.parent)!r}")
-
-
-def _write(path: Path, text: str) -> None:
-    from compresskit.errors import OutputError
-
-    draft = path.with_name(f".{path.name}.tmp")
-    try:
-        draft.write_text(text + "\n", "utf-8")
-        draft.replace(path)
-    except OSError as error:
-        raise OutputError(f"the plan cannot be written to {str(path)!r}: {error.strerror or error}") from error
-    finally:
-        draft.unlink(missing_ok=True)

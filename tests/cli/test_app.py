@@ -18,7 +18,10 @@ from compresskit_cli.command import Command
 from tests.cli.conftest import Cli, Fails
 
 PACKAGE = Path(compresskit_cli.__file__).parent
-COMMANDS = ("compress", "demo", "evaluate", "finetune", "inspect", "methods", "plan")
+COMMANDS = (
+    *("calibrate", "compress", "demo", "distill", "evaluate", "finetune", "inspect", "methods", "plan"),
+    "presets",
+)
 HEAVY = ("torch", "transformers", "scipy", "tensorly", "numpy", "safetensors", "huggingface_hub", "datasets", "sklearn")
 
 HELP_OF_ALL = f"""

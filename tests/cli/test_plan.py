@@ -108,7 +108,7 @@ def test_force_replaces_an_earlier_plan(plan_file: Path, cli: Cli, fails: Fails)
         ("bert", "'bert' is a folder; give the name of a JSON file"),
         ("nowhere/plan.json", "'nowhere/plan.json' cannot be written: there is no folder 'nowhere'"),
         ("bert/config.json/plan.json", "there is no folder 'bert/config.json'"),
-        ("/proc/plan.json", "the plan cannot be written to '/proc/plan.json'"),
+        ("/proc/plan.json", "'/proc/plan.json' cannot be written: "),
     ],
 )
 def test_a_place_where_no_plan_can_be_written(output: str, match: str, fails: Fails) -> None:

@@ -1,0 +1,183 @@
+"""What a distillation does besides training: stages that are left out, own students, resuming, and what it refuses."""
+
+import shutil
+
+import pytest
+import torch
+import transformers
+
+import compresskit
+import compresskit.recipes as recipes
+from compresskit.errors import CheckpointError, DataError, DistillError, OptionError, TrainingError
+from compresskit.recipes.stages import SaveByClock
+from compresskit.tasks import custom_task, find_task
+from tests.recipes.conftest import VOCAB, config, save
+from tests.recipes.test_end_to_end import short
+
+SST2, STS = find_task("sst2"), find_task("sts")
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_features_alone_are_distilled_without_a_task(encoder, reviews, text, tmp_path):
+    """The best checkpoint of the corpus stage is the one that orders pairs of sentences best."""
+    notes = []
+    result = recipes.distill(
+        short("kroneckerbert:k8").with_values({"corpus.eval_steps": 1}),
+        encoder,
+        tmp_path / "run",
+        task=STS,
+        data=reviews,
+        corpus=text,
+        on_note=notes.append,
+    )
+    (stage,) = result.stages
+    assert [step for step, _ in stage.curve] == [1, 2, 3]
+    assert stage.best_step == max(stage.curve, key=lambda entry: entry[1]["spearman"])[0]
+    assert result.metrics == stage.metrics
+    assert set(result.before) == set(result.teacher) == {"spearman", "pearson"}
+    assert type(result.student).__name__ == "BertModel"
+    assert "loss_task" not in stage.loss  # no head to guess words with
+    assert any("stage 2 is left out" in note for note in notes)
+
+
+def test_without_any_task_the_last_step_is_taken(encoder, text, tmp_path):
+    result = recipes.distill(short("svd-kd"), encoder, tmp_path / "run", corpus=text, ratio=2)
+    assert (result.metrics, result.stages[0].best_step) == ({}, 3)
+    assert result.ratio >= 2
+
+
+def test_without_a_corpus_stage_1_is_left_out_and_said(teacher, reviews, tmp_path):
+    notes = []
+    result = recipes.distill(
+        short("kroneckerbert:k8"), teacher, tmp_path / "run", task=SST2, data=reviews, on_note=notes.append
+    )
+    assert [stage.name for stage in result.stages] == ["task"]
+    assert any("one-stage ablation" in note for note in notes)
+
+
+def test_without_a_base_the_student_goes_on_in_stage_2(teacher, reviews, text, tmp_path):
+    result = recipes.distill(short("kroneckerbert:k8"), teacher, tmp_path / "run", task=SST2, data=reviews, corpus=text)
+    assert [stage.name for stage in result.stages] == ["corpus", "task"]
+    assert "loss_task" not in result.stages[0].loss
+
+
+def test_a_student_of_one_s_own_keeps_its_shape_and_gets_the_teacher_s_head(teacher, base, reviews, tmp_path):
+    student = transformers.BertModel.from_pretrained(base)
+    compresskit.compress(student, "svd", ratio=2, include="*layer*")
+    save(student, tmp_path / "student")
+    settings = {"task.lr": 1e-30, "task.weight_decay": 0, "task.max_steps": 1}
+    preset = short("kroneckerbert:k8").with_values(settings)
+    result = recipes.distill(preset, teacher, tmp_path / "run", task=SST2, data=reviews, student=tmp_path / "student")
+    layout = compresskit.layout_of(result.student)
+    assert {name.removeprefix("bert."): entry.structure for name, entry in layout.items()} == {
+        name: entry.structure for name, entry in compresskit.layout_of(student).items()
+    }
+    head = transformers.BertForSequenceClassification.from_pretrained(teacher).classifier.weight
+    torch.testing.assert_close(result.student.classifier.weight, head)
+    with pytest.raises(OptionError, match="a student of your own has its size"):
+        recipes.distill(preset, teacher, tmp_path / "x", task=SST2, data=reviews, student=tmp_path / "student", ratio=2)
+
+
+class _KilledError(Exception):
+    pass
+
+
+def _kill_at(stage, step):
+    def on_progress(name, progress):
+        if (name, progress.step) == (stage, step):
+            raise _KilledError
+
+    return on_progress
+
+
+@pytest.mark.parametrize(("stage", "step"), [("corpus", 3), ("task", 2)])
+def test_a_killed_distillation_resumes_to_the_same_bits(stage, step, teacher, base, reviews, text, tmp_path):
+    steps = {"corpus.max_steps": 4, "task.max_steps": 4, "corpus.eval_steps": 2, "task.eval_steps": 1}
+    preset = short("kroneckerbert:k8").with_values(steps)
+    given = {"task": SST2, "data": reviews, "corpus": text, "base": base, "cache": tmp_path / "cache"}
+    whole = recipes.distill(preset, teacher, tmp_path / "whole", **given)
+    with pytest.raises(_KilledError):
+        recipes.distill(preset, teacher, tmp_path / "run", **given, on_progress=_kill_at(stage, step))
+    with pytest.raises(TrainingError, match="holds an interrupted run; resume it, or discard it"):
+        recipes.distill(preset, teacher, tmp_path / "run", **given)
+    other = preset.with_values({"task.lr": 0.5})
+    with pytest.raises(TrainingError, match=r"the run in .* was another one: preset: .*lr"):
+        recipes.distill(other, teacher, tmp_path / "run", **given, resume=True)
+    resumed = recipes.distill(preset, teacher, tmp_path / "run", **given, resume=True)
+    torch.testing.assert_close(weights(resumed.student), weights(whole.student), rtol=0, atol=0)
+    assert resumed.metrics == whole.metrics
+    assert [s.curve for s in resumed.stages] == [s.curve for s in whole.stages]
+    assert (resumed.before, resumed.teacher) == (whole.before, whole.teacher)
+
+
+def test_the_teacher_s_answers_are_found_again(teacher, reviews, tmp_path):
+    given = {"task": SST2, "data": reviews, "cache": tmp_path / "cache", "cache_teacher": True}
+    preset = short("kroneckerbert:k8").with_values({"task.max_steps": 6})
+    first = recipes.distill(preset, teacher, tmp_path / "a", **given)
+    assert list((tmp_path / "cache" / "teacher").rglob("*.safetensors"))
+    second = recipes.distill(preset, teacher, tmp_path / "b", **given)
+    torch.testing.assert_close(weights(first.student), weights(second.student), rtol=0, atol=0)
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_trained(teacher, base, encoder, reviews, text, tmp_path):
+    preset = short("kroneckerbert:k8")
+
+    def refuse(error, match, *, which=preset, by=teacher, **given):
+        with pytest.raises(error, match=match):
+            recipes.distill(which, by, tmp_path / "run", **given)
+        assert not (tmp_path / "run").exists()
+
+    refuse(OptionError, "nothing to train on: give a corpus")
+    refuse(OptionError, "nothing to train on", task=STS, data=reviews)
+    decomposed = short("matrix-decomposition")
+    refuse(OptionError, "matrix-decomposition has no stage on plain text", which=decomposed, corpus=text)
+    refuse(DataError, "has 3 labels .*, the model 2", task=find_task("mnli"), data=reviews)
+    refuse(DataError, "the model calls its labels negative, positive", task=find_task("mrpc"), data=reviews)
+    refuse(DataError, "is a regression with one output, the model has 2", task=find_task("stsb"), data=reviews)
+    refuse(
+        CheckpointError, r"classifier.*Train a head first: compresskit finetune", by=encoder, task=SST2, data=reviews
+    )
+    refuse(DataError, "there is no split 'train' of sst2", task=SST2, data=text)
+    refuse(DataError, "no column 'body'", task=custom_task("classification", ("body",)), data=reviews / "SST-2")
+    refuse(DataError, r"there is no \*\.txt in", task=SST2, data=reviews, corpus=reviews)
+    refuse(DataError, "there is no file or folder .*nowhere", task=SST2, data=reviews, corpus=tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.txt").write_text("\n\na\n")
+    refuse(DataError, "holds no text of at least 8 tokens", task=SST2, data=reviews, corpus=tmp_path / "empty")
+
+
+def test_models_of_other_tokenizers_are_refused(teacher, reviews, text, tmp_path):
+    other = save(transformers.BertForMaskedLM(config()), tmp_path / "other")
+    shutil.rmtree(other)
+    transformers.BertForMaskedLM(config()).save_pretrained(other)
+    swapped = {word: i for i, word in enumerate((*VOCAB[:5], VOCAB[6], VOCAB[5], *VOCAB[7:]))}
+    transformers.BertTokenizer(vocab=swapped, model_max_length=64).save_pretrained(other)
+    given = {"task": SST2, "data": reviews, "corpus": text}
+    with pytest.raises(DistillError, match=r"the tokenizer of the pre-trained model, .* 'good' is number 6, there 5"):
+        recipes.distill(short("kroneckerbert:k8"), teacher, tmp_path / "run", base=other, **given)
+    with pytest.raises(DistillError, match=r"the tokenizer of the student, .* is not that of the teacher"):
+        recipes.distill(short("kroneckerbert:k8"), teacher, tmp_path / "run", student=other, **given)
+    small = transformers.BertModel(config(vocab_size=20))
+    small.save_pretrained(tmp_path / "small")
+    with pytest.raises(DistillError, match="knows 20 words, the teacher 28; they need the same tokenizer"):
+        recipes.distill(short("kroneckerbert:k8"), teacher, tmp_path / "run", student=tmp_path / "small", **given)
+
+
+def test_a_compressed_teacher_makes_no_student(teacher, reviews, tmp_path):
+    model = transformers.BertForSequenceClassification.from_pretrained(teacher)
+    compresskit.compress(model, "svd", ratio=1.5)
+    save(model, tmp_path / "cut")
+    with pytest.raises(CheckpointError, match="is compressed; a student is made of a dense teacher"):
+        recipes.distill(short("kroneckerbert:k8"), tmp_path / "cut", tmp_path / "run", task=SST2, data=reviews)
+
+
+def test_checkpoints_are_kept_by_the_clock():
+    control = transformers.TrainerControl()
+    SaveByClock(1000.0).on_step_end(None, None, control)
+    assert not control.should_save
+    callback = SaveByClock(-1.0)
+    callback.on_step_end(None, None, control)
+    assert control.should_save
