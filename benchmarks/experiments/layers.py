@@ -59,6 +59,8 @@ class Layers(Experiment):
         import torch
 
         skipped = _keep_memory() if self.memory == "kept" else {}
+        if self.mode == "compile":  # layers of all structures share one forward method, and each is a recompilation
+            torch._dynamo.config.recompile_limit = 8 * (len(self.structures) + 1)
         torch.manual_seed(self.seed)
         dense, layers = self._layers()
         run = {name: self._callable(layer) for name, layer in {"dense": dense, **layers}.items()}
