@@ -4,6 +4,10 @@ The error of a layer's own output does not say what the model makes of it: a res
 not. So each weight in turn is replaced by a low-rank one, the samples are run, and the change of the model's output,
 per squared relative error of the layer, is what the budget then weighs that layer by. Its premise is that the output's
 squared error grows in proportion to the layer's.
+
+Measured on the encoder of all-MiniLM-L6-v2 with weighted SVD, STS-B dev without training: .813 for .802 with parameters
+as weights at 4 times, but .838 for .842 at 2 times; by pooled embeddings instead of hidden states .805 and .836. The
+FFN's second weight is 10 to 100 times as sensitive as those of attention. So it is an option, not the default.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
