@@ -28,7 +28,7 @@ from compresskit.hub import dequantize_
 from compresskit.options import describe_options
 from compresskit.surgery.apply import Report
 from compresskit.surgery.layout import install_, layout_of
-from compresskit.surgery.plan import Plan, plan_from_json
+from compresskit.surgery.plan import FrontPoint, Plan, plan_from_json
 from compresskit.surgery.pricing import OnProgress, Progress
 from compresskit.surgery.sites import find_sites
 from compresskit.version import __version__
@@ -43,6 +43,7 @@ __all__ = [
     "FactorizedEmbedding",
     "FactorizedLinear",
     "Fitted",
+    "FrontPoint",
     "Gemm",
     "Importance",
     "Kronecker",

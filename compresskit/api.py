@@ -40,6 +40,7 @@ def compress(
     uniform: bool = False,
     allow_slower: bool = False,
     calibration: Calibration | None = None,
+    sensitivities: Mapping[str, float] | None = None,
     samples: Sequence[Batch] | None = None,
     sequential: bool = False,
     refine: Refine | None = None,
@@ -68,6 +69,8 @@ def compress(
         allow_slower: permit structures that are expected to run slower than the dense layer.
         calibration: what the layers see, from `calibrate`: errors are then those of the layers' outputs on the samples,
             for the budget and for the fits, and biases take up the mean error. Methods with a data-aware fit only.
+        sensitivities: by layer name, how much its squared relative error counts, from `measure_sensitivities`; by
+            default as much as it has parameters.
         samples: batches, as `list(read_batches(...))`, that `sequential` and `refine` run on; without `calibration`,
             the model is calibrated on them.
         sequential: fit layer after layer to the dense answers on what the compressed layers before give. About eight
@@ -105,6 +108,7 @@ def compress(
         uniform,
         allow_slower,
         importances,
+        sensitivities,
         on_progress,
     )
     report = apply_(
@@ -173,6 +177,7 @@ def plan(
     uniform: bool = False,
     allow_slower: bool = False,
     calibration: Calibration | None = None,
+    sensitivities: Mapping[str, float] | None = None,
     on_progress: OnProgress | None = None,
 ) -> Plan:
     """What `compress` would do, as data; arguments and errors are the same. The model is not changed."""
@@ -191,6 +196,7 @@ def plan(
         uniform,
         allow_slower,
         importances,
+        sensitivities,
         on_progress,
     ).plan
 
@@ -209,6 +215,7 @@ def _plan(
     uniform: bool,
     allow_slower: bool,
     importances: Mapping[str, Importance],
+    sensitivities: Mapping[str, float] | None,
     on_progress: OnProgress | None,
 ) -> Planned:
     survey = find_sites(model)
@@ -231,6 +238,7 @@ def _plan(
         uniform=uniform,
         allow_slower=allow_slower,
         importances=importances,
+        sensitivities=sensitivities,
         on_progress=on_progress,
     )
 

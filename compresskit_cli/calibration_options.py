@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 SAMPLES, MAX_LENGTH = 128, 128
+PARAMETERS, MEASURED = "parameters", "measured"
+MEASURED_SHARE = 4
+"""Sensitivities are measured on one of so many texts: each layer takes a pass over them."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Samples:
     calibration: Path | None
     sequential: bool = False
     refine: int | None = None
+    sensitivity: str = PARAMETERS
 
     def check(self) -> None:
         """Raise UsageError where options contradict each other."""
@@ -36,6 +40,7 @@ class Samples:
             raise click.UsageError("--calibrate collects from texts, --calibration reads a file: give one of them")
         given = {"--samples": self.samples, "--max-length": self.max_length, "--gradients": self.gradients or None}
         given |= {"--sequential": self.sequential or None, "--refine": self.refine}
+        given |= {"--sensitivity measured": (self.sensitivity == MEASURED) or None}
         idle = [option for option, value in given.items() if value is not None]
         if idle and self.calibrate is None:
             raise click.UsageError(f"{' and '.join(idle)} need --calibrate FILE_OR_FOLDER, the texts to calibrate on")
@@ -46,7 +51,7 @@ class Samples:
         if self.calibrate is not None:
             said = {"calibrate": Path(self.calibrate).name, "samples": self.samples or SAMPLES}
             said |= {"max_length": self.max_length or MAX_LENGTH, "gradients": self.gradients}
-            said |= {"sequential": self.sequential, "refine": self.refine}
+            said |= {"sequential": self.sequential, "refine": self.refine, "sensitivity": self.sensitivity}
         elif self.calibration is not None:
             said = {"calibration": self.calibration.name}
         return said
@@ -55,7 +60,7 @@ class Samples:
         self, model: "PreTrainedModel", folder: Path, *, seed: int, on_progress: "OnProgress | None" = None
     ) -> dict[str, Any]:
         """Arguments for `compresskit.compress` and `apply`: the calibration, and how layers are fitted to it."""
-        from compresskit.calibration import Refine, load_calibration
+        from compresskit.calibration import Refine, load_calibration, measure_sensitivities
 
         if self.calibration is not None:
             read = load_calibration(self.calibration)
@@ -65,11 +70,19 @@ class Samples:
             return {}
         size = {"samples": self.samples or SAMPLES, "max_length": self.max_length or MAX_LENGTH, "seed": seed}
         made = collect(model, folder, self.calibrate, gradients=self.gradients, on_progress=on_progress, **size)
-        if not (self.sequential or self.refine):
+        if not (self.sequential or self.refine or self.sensitivity == MEASURED):
             return {"calibration": made}
+        texts = batches(folder, self.calibrate, **size)
+        weights = {}
+        if self.sensitivity == MEASURED:
+            few = texts[: max(1, len(texts) // MEASURED_SHARE)]
+            weights = {"sensitivities": measure_sensitivities(model, few, made, on_progress=on_progress)}
+        if not (self.sequential or self.refine):
+            return {"calibration": made, **weights}
         return {
             "calibration": made,
-            "samples": batches(folder, self.calibrate, **size),
+            **weights,
+            "samples": texts,
             "sequential": self.sequential,
             "refine": None if self.refine is None else Refine(epochs=self.refine),
         }
@@ -122,6 +135,12 @@ def calibration_options(function: F) -> F:
         click.option("--samples", type=click.IntRange(1), help=f"Texts for --calibrate. Default: {SAMPLES}."),
         click.option("--max-length", type=click.IntRange(2), help=f"Tokens of such a text. Default: {MAX_LENGTH}."),
         click.option("--gradients", is_flag=True, help="Also weigh by gradients at the outputs (K-FAC)."),
+        click.option(
+            "--sensitivity",
+            type=click.Choice((PARAMETERS, MEASURED)),
+            default=PARAMETERS,
+            help="What a layer's error counts: its parameters, or what it does to the model's output on the texts.",
+        ),
         click.option(
             "--calibration", type=click.Path(path_type=Path), help="What `compresskit calibrate` saved, instead."
         ),

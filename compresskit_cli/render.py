@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from compresskit import OnProgress, Plan, Progress, Report
+    from compresskit import FrontPoint, OnProgress, Plan, Progress, Report
 
 WIDTH = None if sys.stdout.isatty() else 1000
 """A file or pipe has no width: nothing is folded there, so that each layer stays on one line."""
@@ -24,7 +24,13 @@ GAP = 2
 MIN_FOLDED = 18
 """Text is not folded to less than this."""
 
-STAGES = {"calibrate": "calibrating", "analyse": "analysing", "fit": "fitting", "refine": "refining"}
+STAGES = {
+    "calibrate": "calibrating",
+    "analyse": "analysing",
+    "fit": "fitting",
+    "refine": "refining",
+    "measure": "measuring",
+}
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -120,6 +126,7 @@ def progress_bar() -> Iterator["OnProgress"]:
 
 def plan(plan: "Plan", *, calibrated: bool = False) -> None:
     """One row per site, then the sums and what stays dense."""
+    chosen = any(p.alternatives for p in plan.sites)
     rows = [
         (
             p.site.name,
@@ -130,11 +137,14 @@ def plan(plan: "Plan", *, calibrated: bool = False) -> None:
             count(p.macs),
             f"{p.speedup:.1f}" if p.site.multiplied else "",
             "" if p.expected_error is None else f"{p.expected_error:.3f}",
+            *((_others(p.alternatives, p.decomposition.name),) if chosen else ()),
         )
         for p in plan.sites
     ]
-    table("Plan", ("layer", "weight", "structure", "params", "ratio", "MACs", "speed-up", "error"), rows)
+    columns = ("layer", "weight", "structure", "params", "ratio", "MACs", "speed-up", "error")
+    table("Plan", (*columns, *(("best of the others",) if chosen else ())), rows)
     _speed_by_group(plan)
+    front(plan.front)
     left_dense(plan.left)
     gap = "" if plan.gap is None else f"; at most {plan.gap:.2%} from the least possible loss"
     say(f"Whole model: {count(plan.num_params)} -> {count(plan.params_after)} parameters, ratio {plan.ratio:.3f}{gap}.")
@@ -162,10 +172,33 @@ def report(report: "Report") -> None:
         rows.append((group, len(sites), structures, *sizes, f"{mean:.3f}", f"{worst:.3f}", *output))
     columns = ("layers", "number", "structure", "params", "ratio", "error", "worst")
     table("Replaced layers", (*columns, *(("output error",) if report.calibration else ())), rows)
+    front(report.front)
     left_dense(report.left)
     for warning in (report.calibration or {}).get("warnings", ()):
         say(f"Warning: {warning}")
     warn_slower([s.name for s in report.sites if s.slower])
+
+
+def _others(alternatives: Sequence[tuple[str, float]], chosen: str, most: int = 2) -> str:
+    """What other methods would have reached with as many parameters."""
+    return ", ".join([f"{name} {error:.3f}" for name, error in alternatives if name != chosen][:most])
+
+
+def front(points: "Sequence[FrontPoint]") -> None:
+    """Other sizes of the same model, and what they would lose."""
+    if points:
+        rows = [
+            (
+                count(p.params),
+                f"{p.ratio:.2f}",
+                count(p.macs),
+                f"{p.time_ns / 1e6:.2f}",
+                f"{p.error:.4f}",
+                f"{p.gap:.2%}",
+            )
+            for p in points
+        ]
+        table("Front", ("params", "ratio", "MACs", "expected ms", "error", "gap"), rows)
 
 
 def _speed_by_group(plan: "Plan") -> None:

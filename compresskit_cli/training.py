@@ -1,10 +1,11 @@
 """What commands that train or evaluate share: opening models for a task, and bars."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
 from compresskit_cli.loading import quiet_transformers
 from compresskit_cli.render import progress_console
@@ -24,14 +25,17 @@ def quiet() -> None:
 
 @contextmanager
 def training_bar() -> Iterator["OnTrainProgress"]:
-    """A bar on the standard error: steps, time left, loss, throughput, last score. Silent if that is no terminal."""
+    """A bar on the standard error: steps, time left, loss, throughput, last score."""
     with stage_bars() as show:
         yield partial(show, "training")
 
 
 @contextmanager
 def stage_bars() -> Iterator["OnStage"]:
-    """A bar as `training_bar` for each stage, by its name."""
+    """A bar as `training_bar` for each stage, by its name; a line a minute if the standard error is no terminal."""
+    if not progress_console.is_terminal:
+        yield ProgressLines()
+        return
     with _bar("{task.fields[said]}") as bar:
         rows: dict[str, Any] = {}
 
@@ -41,6 +45,26 @@ def stage_bars() -> Iterator["OnStage"]:
             bar.update(rows[stage], completed=progress.step, total=progress.total, said=training_line(progress))
 
         yield show
+
+
+@final
+class ProgressLines:
+    """Prints how a training goes, for logs of batch systems: a line every `every_s` seconds."""
+
+    def __init__(self, every_s: float = 60.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._every_s, self._clock = every_s, clock
+        self._printed = clock()
+        self._began: dict[str, tuple[float, int]] = {}
+
+    def __call__(self, stage: str, progress: "TrainProgress") -> None:
+        now = self._clock()
+        start, first = self._began.setdefault(stage, (now, progress.step))
+        if now - self._printed < self._every_s:
+            return
+        self._printed = now
+        left_s = (now - start) / max(progress.step - first, 1) * (progress.total - progress.step)
+        steps = f"{stage} {progress.step:,}/{progress.total:,}, {left_s / 60:,.0f} min left"
+        progress_console.print(f"{steps}  {training_line(progress)}", soft_wrap=True)
 
 
 def training_line(progress: "TrainProgress") -> str:

@@ -6,5 +6,15 @@ from compresskit.calibration.files import load_calibration
 from compresskit.calibration.moments import Calibration, Use
 from compresskit.calibration.refine import Refine
 from compresskit.calibration.rotate import rotate_values_
+from compresskit.calibration.sensitivity import measure_sensitivities
 
-__all__ = ["Calibration", "Refine", "Use", "calibrate", "load_calibration", "read_batches", "rotate_values_"]
+__all__ = [
+    "Calibration",
+    "Refine",
+    "Use",
+    "calibrate",
+    "load_calibration",
+    "measure_sensitivities",
+    "read_batches",
+    "rotate_values_",
+]

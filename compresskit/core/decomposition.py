@@ -53,6 +53,8 @@ class Decomposition(ABC):
     """Paper, and where our choice departs from it."""
     structures: ClassVar[tuple[type[Structure], ...]]
     """The structure classes that it fits; they are registered with it, so that checkpoints load."""
+    prices_at_once: ClassVar[bool] = False
+    """Whether one factorisation prices the whole menu, with an importance too, and not each structure a search."""
 
     @abstractmethod
     def menu(self, rows: int, cols: int, *, lookup: bool = False) -> Iterable[Structure]:
@@ -80,6 +82,14 @@ class Decomposition(ABC):
 
         able = ", ".join(name for name, cls in decompositions().items() if cls.is_data_aware())
         raise OptionError(f"{self.name} has no data-aware fit; leave the importance out, or use one that has: {able}")
+
+    def fitter(self, structure: Structure) -> "Decomposition":
+        """Who fits this structure: itself, unless it is one that chooses between others."""
+        return self
+
+    def recovers(self, structure: Structure) -> bool:
+        """Whether a weight that is exactly of this structure is fitted without error; false for a local search."""
+        return True
 
     @final
     @classmethod

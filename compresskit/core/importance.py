@@ -23,6 +23,9 @@ sample touches costs next to nothing, but what is least is still well defined.""
 ASYMMETRY = 1e-3
 """Tolerated difference between a second moment and its transpose, and negative eigenvalues, as shares of its largest
 value: what summing in half precision or float32 leaves."""
+CANCELLED = 0.05
+"""Where centring leaves less than this share of a second moment, the rounding of its sums is mended: what is left of
+a nearly constant input has eigenvalues that are far below zero for their size."""
 CHUNK_ROWS = 1024
 """Rows of a difference that are weighted at a time."""
 
@@ -105,6 +108,9 @@ class Importance:
         else:
             centred = cols - torch.outer(mean, mean)
             centred.diagonal().clamp_min_(0)
+            if float(centred.diagonal().sum()) < CANCELLED * float(cols.diagonal().sum()):
+                values, vectors = torch.linalg.eigh(centred)
+                centred = vectors * values.clamp_min(0) @ vectors.T
         return replace(self, cols=centred.to(self.cols.dtype))
 
     def metric(self, like: Tensor) -> "Metric":

@@ -11,8 +11,9 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
+from compresskit.core.folding import gram
 from compresskit.core.grids import Grid
-from compresskit.core.importance import Importance, Metric
+from compresskit.core.importance import Importance, Metric, Moment
 from compresskit.core.kron_als import Blocks, State
 from compresskit.core.kron_refine import Refinement
 
@@ -42,7 +43,11 @@ class _Problem(NamedTuple):
 
 @final
 class WeightedSums:
-    """Sums of Kronecker products for one weight and one importance; small factors that were priced are kept."""
+    """Sums of Kronecker products for one weight and one importance; small factors that were priced are kept.
+
+    Where each row has a wide row of its own (p = 1), all that the small factors need to know of a tall weight is
+    W^T R W: a square root of that stands for the weight, and R is gone. An embedding is fitted so.
+    """
 
     def __init__(self, weight: Tensor, importance: Importance, rounds: int) -> None:
         self._weight = weight
@@ -54,33 +59,59 @@ class WeightedSums:
         """Squared weighted error of each shape, one that `fit` reaches or falls below."""
         if not shapes:
             return []
-        problem = self._problem()
+        metric = self._importance.metric(self._weight)
         new = [shape for shape in dict.fromkeys(shapes) if shape not in self._known]
         going = new
         for rounds, hopeless in STAGES:
-            self._descend(problem, going, min(rounds, self._rounds))
+            for reduced in (True, False):
+                alike = [shape for shape in going if self._reducible(shape) is reduced]
+                self._descend(metric, alike, min(rounds, self._rounds), reduced=reduced)
             going = self._hopeful(going, hopeless)
         for shape in new:  # the wide factors are many, and follow from the small ones
             state = self._known[shape]
             self._known[shape] = State(state.small, state.wide[:0], state.error)
-        return [problem.metric.scale * self._known[shape].error for shape in shapes]
+        return [metric.scale * self._known[shape].error for shape in shapes]
 
     def fit(self, shape: Shape) -> tuple[Tensor, Tensor]:
         """Small (terms, p * q) and wide (terms, r * s), orthogonal terms in falling order, evenly split."""
-        problem = self._problem()
+        metric, reduced = self._importance.metric(self._weight), self._reducible(shape)
+        problem = self._problem(metric, reduced=reduced)
         blocks = Blocks(*problem, shape.grid)
         state = self._state(problem, blocks, shape, self._rounds)
         if not blocks.exact:
             state = Refinement(blocks, problem.weight, problem.metric).refine(state, REFINE_ROUNDS)
-        small, wide = _ordered(state.small, state.wide.flatten(1))
+        wide = self._wide(metric, shape.grid, state.small) if reduced else state.wide.flatten(1)
+        small, wide = _ordered(state.small.to(wide.dtype), wide)
         return small.to(self._weight.dtype), wide.to(self._weight.dtype)
 
-    def _problem(self) -> _Problem:
-        """In float64; made for each call, since it takes several times the memory of the weight."""
-        weight, metric = self._weight.double(), self._importance.metric(self._weight)
-        return _Problem(weight, metric.cols.after(weight), metric)
+    def _reducible(self, shape: Shape) -> bool:
+        rows, cols = self._weight.shape
+        return shape.grid.p == 1 and rows > cols
 
-    def _descend(self, problem: _Problem, shapes: Sequence[Shape], rounds: int) -> None:
+    def _problem(self, metric: Metric, *, reduced: bool) -> _Problem:
+        """In float64; made for each call, since it takes several times the memory of the weight."""
+        if not reduced:
+            weight = self._weight.double()
+            return _Problem(weight, metric.cols.after(weight), metric)
+        if metric.rows.values is not None and metric.rows.values.dim() == 2:
+            weight = self._weight.double()
+            energies = weight.T @ metric.rows.before(weight)
+        else:
+            energies = gram(Moment.of(metric.rows.root().values, like=self._weight).before(self._weight))
+        root = Moment((energies + energies.T) / 2).root().dense(len(energies), like=energies)
+        return _Problem(root, metric.cols.after(root), Metric(Moment(None), metric.cols, metric.scale))
+
+    def _wide(self, metric: Metric, grid: Grid, small: Tensor) -> Tensor:
+        """The best wide factors (terms, rows * s) where p = 1: linear in the rows of the weight, one by one."""
+        eye = torch.eye(self._weight.shape[1], dtype=torch.float64, device=self._weight.device)
+        columns = Metric(Moment(None), metric.cols, metric.scale)
+        maps = Blocks(eye, metric.cols.after(eye), columns, grid).with_small(small).wide  # (terms, cols, s)
+        return torch.stack([(self._weight @ one.to(self._weight.dtype)).flatten() for one in maps])
+
+    def _descend(self, metric: Metric, shapes: Sequence[Shape], rounds: int, *, reduced: bool) -> None:
+        if not shapes:
+            return
+        problem = self._problem(metric, reduced=reduced)
         for grid in dict.fromkeys(shape.grid for shape in shapes):
             blocks = Blocks(*problem, grid)
             for shape in (shape for shape in shapes if shape.grid == grid):

@@ -296,16 +296,9 @@ def _grid(structure: Structure) -> Grid:
 class _KroneckerAnalysis(Analysis):
     """Gram matrices of the blocks of W: one of a fine grid, its partial traces are those of the coarser ones."""
 
-    def __init__(self, weight: Tensor, scaled: Tensor | None = None) -> None:
-        """Analyse a weight.
-
-        Args:
-            scaled: the weight with each row times the root of its importance, to choose the small factors by. Where
-                each row has a wide row of its own (p = 1), the best wide factors for them depend on no importance.
-        """
+    def __init__(self, weight: Tensor) -> None:
         self._weight = weight
-        self._scaled = weight if scaled is None else scaled
-        self._energy = squared_norm(self._scaled)
+        self._energy = squared_norm(weight)
         self._spectra: dict[Grid, list[float]] = {}
 
     def squared_errors(self, structures: Sequence[Structure]) -> list[float]:
@@ -321,7 +314,7 @@ class _KroneckerAnalysis(Analysis):
         missing = sorted(grids - self._spectra.keys())
         by_size: dict[int, list[tuple[Grid, Tensor]]] = {}
         for fine, coarser in cover(tuple(missing), *self._weight.shape, MAX_SMALL_SIZE).items():
-            grams = {fine: row_gram(cut(self._scaled, fine))}
+            grams = {fine: row_gram(cut(self._weight, fine))}
             for grid, source in coarser:
                 grams[grid] = coarsen(grams[source], source, grid)
                 by_size.setdefault(grid.size, []).append((grid, grams[grid]))
@@ -333,8 +326,7 @@ class _KroneckerAnalysis(Analysis):
         assert isinstance(structure, KroneckerSum)
         (p, q), (r, s), k = structure.small, structure.wide, structure.terms
         blocks = cut(self._weight, _grid(structure))
-        scaled = blocks if self._scaled is self._weight else cut(self._scaled, _grid(structure))
-        _, vectors = torch.linalg.eigh(row_gram(scaled).double())
+        _, vectors = torch.linalg.eigh(row_gram(blocks).double())
         top = vectors[:, -k:].flip(-1).T.to(self._weight.dtype)  # (terms, p * q)
         top = top * torch.sign(top.gather(-1, top.abs().argmax(-1, keepdim=True)))  # eigenvectors have no sign
         wide = top @ blocks  # (terms, r * s)
@@ -345,34 +337,18 @@ class _KroneckerAnalysis(Analysis):
 
 @final
 class _WeightedAnalysis(Analysis):
-    """Alternating least squares; an embedding whose rows count differently has a closed form."""
+    """Alternating least squares, in core/kron_weighted.py."""
 
     def __init__(self, weight: Tensor, importance: Importance, rounds: int) -> None:
         self._sums = WeightedSums(weight, importance, rounds)
-        self._rows: _KroneckerAnalysis | None = None
-        metric = importance.metric(weight)
-        if metric.cols.is_identity and metric.rows.values is not None and metric.rows.values.dim() == 1:
-            self._rows = _KroneckerAnalysis(weight, metric.rows.root().before(weight.double()).to(weight.dtype))
-            self._scale = metric.scale
 
     def squared_errors(self, structures: Sequence[Structure]) -> list[float]:
-        closed = [structure for structure in structures if self._has_closed_form(structure)]
-        others = [structure for structure in structures if not self._has_closed_form(structure)]
-        prices = dict(zip(others, self._sums.prices([_shape(s) for s in others]), strict=True))
-        if self._rows is not None:
-            errors = [self._scale * error for error in self._rows.squared_errors(closed)]
-            prices.update(zip(closed, errors, strict=True))
-        return [prices[structure] for structure in structures]
+        return self._sums.prices([_shape(structure) for structure in structures])
 
     def factors(self, structure: Structure) -> dict[str, Tensor]:
         assert isinstance(structure, KroneckerSum)
-        if self._rows is not None and self._has_closed_form(structure):
-            return self._rows.factors(structure)
         small, wide = self._sums.fit(_shape(structure))
         return structure.pack(small.view(-1, *structure.small), wide.view(-1, *structure.wide))
-
-    def _has_closed_form(self, structure: Structure) -> bool:
-        return self._rows is not None and _grid(structure).p == 1
 
 
 def _shape(structure: Structure) -> Shape:

@@ -94,6 +94,7 @@ class SVD(Decomposition):
     summary: ClassVar[str] = "W ~ left @ right of rank r"
     source: ClassVar[str] = "Eckart and Young 1936; Halko, Martinsson and Tropp 2011; weighted: SVD-LLM, ASVD, FWSVD"
     structures: ClassVar[tuple[type[Structure], ...]] = (LowRank,)
+    prices_at_once: ClassVar[bool] = True
 
     rank: int | None = None
     solver: Literal["auto", "exact", "randomized"] = "auto"

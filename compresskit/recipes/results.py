@@ -50,7 +50,7 @@ class Distilled:
         tokenizer: of all the models.
         preset: with all values that were used.
         task: None without one.
-        metrics, before, teacher: of the dev split: the student, the student before training, the teacher.
+        metrics, before, teacher: of the dev split: the student; as it is made of the teacher, untrained; the teacher.
         params, teacher_params: of the whole models.
         stages: in order.
         max_length: tokens of an input of the task at most, None: as the task has it.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from compresskit.distill import Stage, TeacherCache, run_stages
 from compresskit.distill.anatomy import Anatomy
 from compresskit.distill.objective import bind
-from compresskit.errors import CompresskitError, OptionError
+from compresskit.errors import CompresskitError, DistillError, OptionError
 from compresskit.recipes.definition import Preset, StageRecipe
 from compresskit.recipes.models import Models, open_models
 from compresskit.recipes.results import Distilled, read_stage
@@ -67,10 +68,12 @@ def distill(
 
     Raises:
         OptionError: neither task nor corpus, or the preset lacks the stage, or a size.
-        DataError, CheckpointError, DistillError: data, models and preset do not fit together; before any training.
+        DataError, CheckpointError, DistillError: data, models and preset do not fit together, or it runs in several
+            processes; before any training.
         TrainingError: the run cannot be resumed, or has diverged.
     """
     start, folder, note = time.perf_counter(), Path(run), on_note or (lambda text: None)
+    _check_alone()
     stages = _stages_of(preset, task, corpus=corpus is not None)
     for text in _left_out(preset, stages):
         note(text)
@@ -119,6 +122,15 @@ def distill(
         max_length=length,
         time_s=time.perf_counter() - start,
     )
+
+
+def _check_alone() -> None:
+    """Raise DistillError in one of several processes: they would all write into one run."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise DistillError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but a recipe runs in one process; for several, launch a script "
+            "with DistillationTrainer and the objective of the preset"
+        )
 
 
 def _stages_of(preset: Preset, task: Task | None, *, corpus: bool) -> list[str]:

@@ -16,7 +16,7 @@ from compresskit.core.modules import FactorizedEmbedding
 from compresskit.errors import PlanError, WeightError
 from compresskit.surgery.layout import swap_
 from compresskit.surgery.parallel import map_in_threads
-from compresskit.surgery.plan import Plan, PlannedSite, group_name
+from compresskit.surgery.plan import FrontPoint, Plan, PlannedSite, group_name
 from compresskit.surgery.pricing import OnProgress, Progress
 from compresskit.surgery.sites import Refusal, count_params, find_sites, site_weight
 
@@ -75,6 +75,7 @@ class Report:
             no site was fitted to data.
         corrected_biases: biases that took up the mean error of their layer.
         calibration: facts and warnings about the data that was fitted to, plain; None without.
+        front: of the plan: what other sizes would lose.
     """
 
     sites: tuple[SiteReport, ...]
@@ -92,6 +93,7 @@ class Report:
     weighted_error: float | None = None
     corrected_biases: int = 0
     calibration: Mapping[str, Any] | None = None
+    front: tuple[FrontPoint, ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -207,6 +209,7 @@ def apply_(
         weighted_error=_weighted_error(reports),
         corrected_biases=len(changes),
         calibration=calibration,
+        front=plan.front,
     )
 
 

@@ -122,6 +122,19 @@ def solve(
     if not _keeps(picks, limits):
         _refuse_impossible(table, max_params, max_macs, max_time_ns)
         picks, bound = _limit(table, max_params, limits, bound)
+    return _solution(table, picks, bound)
+
+
+def sketch(groups: Sequence[Sequence[Choice]], *, max_params: int) -> Solution | None:
+    """Good choices within a limit of parameters from the Lagrangian bound alone, in milliseconds; None if none fit."""
+    table = _Table.of(groups)
+    if _total(table.params, table.params.argmin(axis=1)) > max_params:
+        return None
+    picks, bound, _ = _relax(table.loss, table.params, max_params)
+    return _solution(table, picks, bound)
+
+
+def _solution(table: "_Table", picks: Picks, bound: float) -> Solution:
     loss = _total(table.loss, picks)
     return Solution(tuple(int(pick) for pick in picks), max(loss - bound, 0.0) / loss if loss > 0 else 0.0)
 

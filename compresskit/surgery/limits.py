@@ -1,12 +1,12 @@
 """Limits of a plan beside its size, and the choices between which the budget decides."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
 from compresskit.core.structure import Structure
-from compresskit.errors import BudgetError
+from compresskit.errors import BudgetError, PlanError
 from compresskit.surgery.budget import Choice
 from compresskit.surgery.plan import site_macs, site_time_ns
 from compresskit.surgery.rules import Assignment
@@ -62,13 +62,21 @@ def limits_of(assignment: Assignment, max_params: int, max_macs: int | None, spe
     return Limits(max_params, max_macs, speed, dense_ns)
 
 
-def choice_of(site: Site, structure: Structure | None, error: float) -> Choice:
-    """What a structure, or None for the dense weight, costs; `error` is its squared relative error."""
+def check_sensitivities(assignment: Assignment, sensitivities: Mapping[str, float] | None) -> None:
+    """Raise PlanError unless each assigned site has one, or there are none at all."""
+    for site, _ in assignment.chosen:
+        value = None if sensitivities is None else sensitivities.get(site.name, math.nan)
+        if value is not None and not 0 <= value < math.inf:
+            raise PlanError(f"the sensitivity of {site.name!r} must be a number of at least 0, got {value}")
+
+
+def choice_of(site: Site, structure: Structure | None, loss: float) -> Choice:
+    """What a structure, or None for the dense weight, costs."""
     time_ns = site_time_ns(site, structure)
     if structure is None:
         return Choice(site.num_params, site.multiplied * site.num_params, 0.0, time_ns)
     params = structure.num_params + site.extra_params
-    return Choice(params, site_macs(site, structure), error * site.num_params, time_ns)
+    return Choice(params, site_macs(site, structure), loss, time_ns)
 
 
 def thinned(choices: Sequence[Choice], size: int, *, of_loss: bool, of_work: bool) -> list[int]:

@@ -32,12 +32,15 @@ class PlannedSite:
         decomposition: how it is fitted, with options.
         structure: its new sizes.
         expected_error: relative error that pricing promised, None if it was not priced (an edited plan).
+        alternatives: why this method: the least relative error of each that there was to choose from, with at most as
+            many parameters, the best first; empty where there was one method only.
     """
 
     site: Site
     decomposition: Decomposition
     structure: Structure
     expected_error: float | None
+    alternatives: tuple[tuple[str, float], ...] = ()
 
     @property
     def params(self) -> int:
@@ -73,6 +76,28 @@ class PlannedSite:
 
 @final
 @dataclass(frozen=True)
+class FrontPoint:
+    """One size, and the least loss that was found for it.
+
+    Args:
+        params: of the whole model.
+        ratio: original / compressed parameters.
+        macs: multiply-adds per token of the layers that rules chose.
+        time_ns: expected time of these layers for `cost.TOKENS` tokens on the machine that plans are made for.
+        error: root mean square of the layers' relative errors, weighted as in the loss; dense layers have none.
+        gap: proven distance of the loss from the least possible one, as a share.
+    """
+
+    params: int
+    ratio: float
+    macs: int
+    time_ns: int
+    error: float
+    gap: float
+
+
+@final
+@dataclass(frozen=True)
 class Plan:
     """Which structure for which site; all else stays dense, with the reason.
 
@@ -83,6 +108,7 @@ class Plan:
         coverage: share of them that is in replaceable layers, whether the rules chose them or not.
         gap: proven distance of the budget's loss from the least that the priced structures reach, as a share; None for
             a plan that was read.
+        front: what other sizes would lose, the smallest first; empty where there was nothing to choose.
     """
 
     sites: tuple[PlannedSite, ...]
@@ -90,6 +116,7 @@ class Plan:
     num_params: int
     coverage: float
     gap: float | None = None
+    front: tuple[FrontPoint, ...] = ()
 
     @property
     def params_after(self) -> int:
@@ -132,6 +159,7 @@ class Plan:
             "expected_speedup": self.speedup,
             "coverage": self.coverage,
             "gap": self.gap,
+            "front": [dataclasses.asdict(point) for point in self.front],
             "sites": [_site_json(planned) for planned in self.sites],
             "left_dense": [dataclasses.asdict(refusal) for refusal in self.left],
         }
@@ -184,6 +212,7 @@ def _site_json(planned: PlannedSite) -> dict[str, Any]:
         "dense_macs": planned.dense_macs,
         "expected_speedup": planned.speedup,
         "expected_error": planned.expected_error,
+        **({"alternatives": dict(planned.alternatives)} if planned.alternatives else {}),
     }
 
 
@@ -245,7 +274,9 @@ def _planned_from_json(entry: Any, survey: Survey) -> PlannedSite:
     expected = entry.get("expected_error")
     if not isinstance(expected, float) or not math.isfinite(expected):
         expected = None
-    return PlannedSite(site, chosen, structure, expected)
+    others = entry.get("alternatives", {})
+    sound = isinstance(others, Mapping) and all(isinstance(n, str) and isinstance(e, float) for n, e in others.items())
+    return PlannedSite(site, chosen, structure, expected, tuple(others.items()) if sound else ())
 
 
 def group_name(name: str) -> str:

@@ -1,5 +1,6 @@
 """From rules and a budget to a plan: analyse every site once, price its menu, let the budget choose."""
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -12,10 +13,12 @@ from compresskit.core.decomposition import Analysis, Decomposition, as_matrix, s
 from compresskit.core.importance import Importance
 from compresskit.core.structure import Structure
 from compresskit.errors import BudgetError
+from compresskit.surgery.alternatives import Fronts, best_within, fronts_of, undominated
 from compresskit.surgery.budget import Choice, TimeLimitError, least_time_ns, solve
-from compresskit.surgery.limits import Limits, choice_of, four_digits_down, limits_of, thinned
+from compresskit.surgery.front import front_of
+from compresskit.surgery.limits import Limits, check_sensitivities, choice_of, four_digits_down, limits_of, thinned
 from compresskit.surgery.parallel import map_in_threads
-from compresskit.surgery.plan import Plan, PlannedSite, runs_slower
+from compresskit.surgery.plan import FrontPoint, Plan, PlannedSite, runs_slower
 from compresskit.surgery.rules import Assignment
 from compresskit.surgery.sites import Refusal, Site, site_weight
 
@@ -62,16 +65,23 @@ class Planned:
 @final
 @dataclass(frozen=True)
 class _Priced:
-    """A site with what it may become; `structures[0]` is None: it may stay dense."""
+    """A site with what it may become; `structures[0]` is None: it may stay dense.
+
+    Args:
+        weight: what its squared relative error counts in the loss.
+    """
 
     site: Site
     decomposition: Decomposition
     structures: tuple[Structure | None, ...]
     errors: tuple[float, ...]
     analysis: Analysis | None
+    fronts: Fronts
+    weight: float
 
     def choices(self) -> list[Choice]:
-        return [choice_of(self.site, s, error) for s, error in zip(self.structures, self.errors, strict=True)]
+        pairs = zip(self.structures, self.errors, strict=True)
+        return [choice_of(self.site, structure, error * self.weight) for structure, error in pairs]
 
 
 def make_plan(
@@ -85,6 +95,7 @@ def make_plan(
     uniform: bool = False,
     allow_slower: bool = False,
     importances: Mapping[str, Importance] | None = None,
+    sensitivities: Mapping[str, float] | None = None,
     on_progress: OnProgress | None = None,
 ) -> Planned:
     """The plan that loses least within the budget. Reads the model, changes nothing.
@@ -103,12 +114,16 @@ def make_plan(
         uniform: all sites of one shape and method get the same structure, as in the papers.
         allow_slower: also consider structures that take more multiply-adds than the dense layer, or longer.
         importances: by site name, which errors matter.
+        sensitivities: by site name, what a squared relative error of 1 costs the model; then they stand in place of the
+            number of parameters, for all sites.
 
     Raises:
+        PlanError: a sensitivity is missing or negative.
         OptionError: a site has an importance, and its decomposition no data-aware fit.
         BudgetError: the rules cannot reach the budget; says what they reach and what holds them back.
         WeightError: a weight holds NaN or infinity, or is no real matrix; names it.
     """
+    check_sensitivities(assignment, sensitivities)
     menus: Mapping[str, Sequence[Structure]] = _menus(assignment, allow_slower=allow_slower)
     rest = num_params - sum(site.num_params for site, _ in assignment.chosen)
     choice = any(len(menu) > 1 for menu in menus.values())
@@ -120,16 +135,24 @@ def make_plan(
     else:
         _refuse_unreachable(assignment, menus, rest, num_params, max_params)
         menus = _narrow(assignment, menus, limits, uniform=uniform)
-    priced = _price_all(model, assignment, menus, importances or {}, on_progress)
+    keep_all = uniform or limits.of_work or max_params is None
+
+    def price(pair: tuple[Site, Decomposition]) -> _Priced:
+        site, importance = pair[0], (importances or {}).get(pair[0].name)
+        weight = site.num_params if sensitivities is None else sensitivities[site.name]
+        return _price(model, *pair, menus[site.name], importance, weight, keep_all=keep_all)
+
+    priced = _price_all(model, assignment, price, on_progress)
+    front: tuple[FrontPoint, ...]
     if max_params is None:
-        picks, gap = [(p, len(p.structures) - 1) for p in priced], 0.0
+        picks, gap, front = [(p, len(p.structures) - 1) for p in priced], 0.0, ()
         _refuse_work(picks, limits)
     else:
-        picks, gap = _solve(priced, limits, uniform=uniform)
+        picks, gap, front = _solve(priced, limits, num_params, uniform=uniform)
     planned, dense = _sort_picks(picks)
     if not planned:
         raise BudgetError(f"every site would stay dense: {_why_dense(dense)}")
-    plan = Plan(planned, (*assignment.left, *dense), num_params, assignment.coverage, gap)
+    plan = Plan(planned, (*assignment.left, *dense), num_params, assignment.coverage, gap, front)
     return Planned(plan, {p.site.name: p.analysis for p in priced if p.analysis is not None})
 
 
@@ -268,15 +291,10 @@ def _least(site: Site, menu: Sequence[Structure]) -> int:
 def _price_all(
     model: nn.Module,
     assignment: Assignment,
-    menus: Mapping[str, Sequence[Structure]],
-    importances: Mapping[str, Importance],
+    price: Callable[[tuple[Site, Decomposition]], _Priced],
     on_progress: OnProgress | None,
 ) -> list[_Priced]:
     total, numbers = len(assignment.chosen), itertools.count(1)
-
-    def price(pair: tuple[Site, Decomposition]) -> _Priced:
-        name = pair[0].name
-        return _price(model, *pair, menus[name], importances.get(name))
 
     def show(priced: _Priced) -> None:
         if on_progress is not None:
@@ -291,19 +309,31 @@ def _price(
     decomposition: Decomposition,
     menu: Sequence[Structure],
     importance: Importance | None,
+    loss_weight: float,
+    *,
+    keep_all: bool,
 ) -> _Priced:
+    """Prices of a menu. Unless all are kept, only what loses less than everything smaller: no other can be chosen."""
     weight = site_weight(model, site)
     matrix = as_matrix(weight, f"the weight of {site.name!r}")
     analysis = decomposition.analyse_for(matrix, importance)
     energy = squared_norm(matrix) if importance is None else importance.squared_norm(matrix)
     squared = analysis.squared_errors(menu)
     errors = [0.0 if energy == 0 else error / energy for error in squared]
+    fronts = fronts_of(decomposition, menu, errors)
+    kept = [i for i, error in enumerate(errors) if math.isfinite(error)]
+    if not keep_all:
+        kept = undominated([menu[i].num_params for i in kept], [errors[i] for i in kept])
+    structures, losses = tuple(menu[i] for i in kept), tuple(errors[i] for i in kept)
     same_memory = matrix.data_ptr() == weight.data_ptr()  # a widened copy of every weight would double the memory
-    return _Priced(site, decomposition, (None, *menu), (0.0, *errors), analysis if same_memory else None)
+    analysis_kept = analysis if same_memory else None
+    return _Priced(site, decomposition, (None, *structures), (0.0, *losses), analysis_kept, fronts, loss_weight)
 
 
-def _solve(priced: Sequence[_Priced], limits: Limits, *, uniform: bool) -> tuple[list[tuple[_Priced, int]], float]:
-    """The pick for each site, in the order of `priced`, and the proven gap."""
+def _solve(
+    priced: Sequence[_Priced], limits: Limits, num_params: int, *, uniform: bool
+) -> tuple[list[tuple[_Priced, int]], float, tuple[FrontPoint, ...]]:
+    """The pick for each site, in the order of `priced`, the proven gap, and the front around it."""
     groups = _group(priced, uniform=uniform)
     size = max(MAX_CHOICES // len(groups), 32)
     thin = [_thin(group, size, of_work=limits.of_work) for group in groups]
@@ -313,7 +343,8 @@ def _solve(priced: Sequence[_Priced], limits: Limits, *, uniform: bool) -> tuple
     except TimeLimitError as error:
         raise limits.unreachable(error.least_time_ns) from error
     picks = {p.site.name: (p, pick) for group, pick in zip(thin, solution.picks, strict=True) for p in group}
-    return [picks[p.site.name] for p in priced], solution.gap
+    front = front_of(choices, limits, num_params=num_params, scale=sum(p.weight for p in priced))
+    return [picks[p.site.name] for p in priced], solution.gap, front
 
 
 def _group(priced: Sequence[_Priced], *, uniform: bool) -> list[list[_Priced]]:
@@ -340,9 +371,7 @@ def _sum_choices(group: Sequence[_Priced]) -> list[Choice]:
 def _thin(group: Sequence[_Priced], size: int, *, of_work: bool) -> list[_Priced]:
     kept = thinned(_sum_choices(group), size, of_loss=True, of_work=of_work)
     return [
-        _Priced(
-            p.site, p.decomposition, tuple(p.structures[i] for i in kept), tuple(p.errors[i] for i in kept), p.analysis
-        )
+        dataclasses.replace(p, structures=tuple(p.structures[i] for i in kept), errors=tuple(p.errors[i] for i in kept))
         for p in group
     ]
 
@@ -357,7 +386,8 @@ def _sort_picks(picks: Sequence[tuple[_Priced, int]]) -> tuple[tuple[PlannedSite
             dense.append(Refusal(priced.site.name, priced.site.num_params, reason))
         else:
             error = math.sqrt(max(priced.errors[pick], 0.0))
-            planned.append(PlannedSite(priced.site, priced.decomposition, structure, error))
+            fitter, others = priced.decomposition.fitter(structure), best_within(priced.fronts, structure.num_params)
+            planned.append(PlannedSite(priced.site, fitter, structure, error, others))
     return tuple(planned), dense
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compresskit_cli.calibration_options import Samples, calibration_options, sequential_options
+from compresskit_cli.calibration_options import PARAMETERS, Samples, calibration_options, sequential_options
 from compresskit_cli.command import Command
 from compresskit_cli.options import Choice, choice_options, model_options, read_plan
 
@@ -47,6 +47,7 @@ def command(
     samples: int | None,
     max_length: int | None,
     gradients: bool,
+    sensitivity: str,
     calibration: Path | None,
     sequential: bool,
     refine: int | None,
@@ -69,8 +70,10 @@ def command(
     from compresskit_cli.speed import speedup, time_dense
 
     options = Choice(**choice)
-    texts = Samples(calibrate, samples, max_length, gradients, calibration, sequential, refine)
+    texts = Samples(calibrate, samples, max_length, gradients, calibration, sequential, refine, sensitivity)
     texts.check()
+    if plan_file is not None and sensitivity != PARAMETERS:
+        raise click.UsageError("--plan says what becomes of each layer: --sensitivity has no say in it")
     arguments = None
     if plan_file is None:
         arguments = options.arguments()

@@ -85,7 +85,7 @@ def command(
                 **models,
                 **sources,
             )
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         click.echo(f"Checkpoints are in {run}: the same command with --resume goes on.", err=True)
         raise
     _save(result, teacher, models["base"], output, run, force=force)

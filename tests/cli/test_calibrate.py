@@ -46,10 +46,24 @@ def test_a_plan_is_replayed_with_moments(cli, work, texts):
     assert done["weighted_error"] > 0
 
 
+def test_measured_sensitivities_change_the_plan(cli, work, texts):
+    options = ("plan", "bert", "-m", "svd", "--ratio", "2", "--calibrate", texts, "--json")
+    plain, measured = (cli(*options, "--sensitivity", how).json() for how in ("parameters", "measured"))
+    assert [site["params"] for site in plain["sites"]] != [site["params"] for site in measured["sites"]]
+    assert measured["ratio"] >= 2
+
+
+def test_a_plan_has_no_place_for_sensitivities(cli, fails, work, texts):
+    cli("plan", "bert", "-m", "svd", "--ratio", "2", "-o", "plan.json")
+    options = ("--plan", "plan.json", "--calibrate", texts, "--sensitivity", "measured")
+    fails("compress", "bert", *options, match="--sensitivity has no say in it", status=2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "match", "status"),
     [
         (("--calibrate", "x", "--calibration", "y"), "give one of them", 2),
+        (("--sensitivity", "measured"), "--sensitivity measured need --calibrate", 2),
         (("--samples", "3"), "--samples need --calibrate FILE_OR_FOLDER", 2),
         (("--calibrate", "nowhere"), "there is no file or folder nowhere", 1),
         (("--calibration", "bert/model.safetensors"), "is no calibration", 1),

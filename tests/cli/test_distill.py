@@ -13,6 +13,7 @@ import transformers
 
 import compresskit
 import compresskit.tasks as tasks
+from compresskit_cli.training import ProgressLines
 from tests.cli.conftest import Cli, Fails, fingerprint
 from tests.recipes.conftest import base, reviews, teacher, text  # noqa: F401 - fixtures
 
@@ -147,3 +148,13 @@ def test_an_interrupted_command_resumes_to_the_same_bits(cli: Cli, place: Path) 
     assert not Path("cut.run").exists()
     student = tasks.model_for(tasks.find_task("sst2"), "cut")
     assert isinstance(student, transformers.BertForSequenceClassification)
+
+
+def test_a_log_gets_a_line_now_and_then(capfd: pytest.CaptureFixture[str]) -> None:
+    seconds = iter([0.0, 10.0, 70.0, 80.0])
+    lines = ProgressLines(60.0, clock=lambda: next(seconds))
+    for step in (1, 31, 36):
+        lines("corpus", tasks.TrainProgress(step, 91, 0.5, 2.0, 8.0, {"f1": 0.5}, {"logits": 1.5, "task": 0.5}))
+    assert capfd.readouterr().err == (
+        "corpus 31/91, 2 min left  epoch 0.50  loss 2.0000 (logits 1.5, task 0.5)  8 examples/s  f1 0.5000\n"
+    )

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -55,7 +56,7 @@ def test_json_is_one_document(cli: Cli, work: Path) -> None:
     assert made == json.loads((work / "plan.json").read_text())
     assert set(made) == {
         *("format_version", "num_params", "params_after", "ratio", "gap", "coverage", "sites", "left_dense"),
-        "expected_speedup",
+        *("expected_speedup", "front"),
     }
     assert made["ratio"] == made["num_params"] / made["params_after"] >= 4
     numbers = {"params", "dense_params", "macs", "dense_macs", "expected_error", "expected_speedup"}
@@ -167,3 +168,35 @@ def test_a_plan_that_is_none(text: bytes | None, match: str, fails: Fails, work:
 @pytest.mark.parametrize("more", [["-m", "svd"], ["--ratio", "4"], ["--exclude", "*key"], ["--uniform"]])
 def test_a_plan_says_it_all(more: list[str], plan_file: Path, fails: Fails) -> None:
     fails("compress", "bert", "--plan", "plan.json", *more, match="give no method, budget or pattern with it", status=2)
+
+
+def test_auto_says_what_it_chose_and_what_the_others_would_do(cli, work):
+    options = ("plan", "bert", "-m", "auto", "--set", "methods=svd+kronecker", "--ratio", "2", "--allow-slower")
+    made = cli(*options, "--json").json()
+    assert {site["method"] for site in made["sites"]} <= {"svd", "kronecker"}
+    assert all(set(site["alternatives"]) <= {"svd", "kronecker"} for site in made["sites"])
+    errors = [point["error"] for point in made["front"]]
+    assert len(errors) > 2
+    assert errors == sorted(errors, reverse=True)
+    shown = cli(*options).out
+    assert "best of the others" in shown
+    assert "Front" in shown
+    assert "from the least possible loss" in shown
+
+
+@pytest.mark.parametrize("limit", [("--ratio", "2"), ("--ratio", "1.5", "--max-macs", "20k")])
+def test_the_front_is_drawn(limit, cli, fails, work):
+    options = ("plan", "bert", "-m", "svd", *limit, "--plot", "front.svg")
+    assert cli(*options).status == 0
+    root = ElementTree.parse(work / "front.svg").getroot()
+    points = root.findall("{http://www.w3.org/2000/svg}circle")
+    assert len(points) > 2
+    assert sum(point.get("fill") != "#fff" for point in points) == 1
+    heights = [float(point.get("cy")) for point in points]
+    assert heights == sorted(heights)
+    fails(*options, match="exists; --force replaces it")
+
+
+def test_one_structure_per_layer_is_no_front(fails, work):
+    options = ("plan", "bert", "-m", "svd", "--set", "rank=2", "--plot", "front.svg")
+    fails(*options, match="no front to draw")

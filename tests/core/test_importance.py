@@ -164,3 +164,12 @@ def test_what_is_no_importance_is_refused(arguments, message):
 def test_the_importance_of_another_layer_is_refused(importance, message):
     with pytest.raises(ImportanceError, match=message):
         importance.squared_norm(torch.zeros(4, 5))
+
+
+def test_a_nearly_constant_input_is_centred_to_a_second_moment_all_the_same():
+    generator = torch.Generator().manual_seed(0)
+    x = 30 + 1e-3 * torch.randn(64, 12, generator=generator)
+    cols, mean = x.T @ x / len(x), x.mean(0)  # in float32, which leaves next to nothing of the differences
+    centred = Importance(cols=cols, mean=mean).centred()
+    assert torch.linalg.eigvalsh(centred.cols.double())[0] >= -1e-6 * centred.cols.diagonal().max()
+    centred.metric(torch.zeros(3, 12)).cols.root()

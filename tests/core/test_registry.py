@@ -52,9 +52,9 @@ def test_options_are_read_from_text():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("kronekcer", "no decomposition is called 'kronekcer'; did you mean 'kronecker'\\? Known: kronecker, "),
+        ("kronekcer", "no decomposition is called 'kronekcer'; did you mean 'kronecker'\\? Known: auto, "),
         ("SVD", "no decomposition is called 'SVD'"),
-        ("zzz", "no decomposition is called 'zzz'\\. Known: kronecker, "),
+        ("zzz", "no decomposition is called 'zzz'\\. Known: auto, "),
     ],
 )
 def test_an_unknown_name_is_answered_with_the_nearest(name, message):

@@ -10,6 +10,8 @@ VARIANTS = {
     "svd": ({"solver": "randomized"}, {"rank": "2"}),
     "tucker": ({"fold": "cols"}, {"heads": "4", "sweeps": "0"}, {"ranks": "2x3x2"}),
     "tensor-train": ({"ranks": "2x3x2"},),
+    "monarch": ({"blocks": "4x4"}, {"blocks": "1x2", "rank": "2"}),
+    "blast": ({"blocks": "4x2"}, {"blocks": "2x1", "rank": "2", "rounds": "0"}),
 }
 """Options beside the defaults that are worth a run."""
 

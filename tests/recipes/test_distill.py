@@ -181,3 +181,9 @@ def test_checkpoints_are_kept_by_the_clock():
     callback = SaveByClock(-1.0)
     callback.on_step_end(None, None, control)
     assert control.should_save
+
+
+def test_several_processes_are_refused(teacher, reviews, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(DistillError, match="WORLD_SIZE is 2, but a recipe runs in one process"):
+        recipes.distill(short("kroneckerbert:k8"), teacher, tmp_path / "run", task=SST2, data=reviews)

@@ -8,10 +8,13 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
+from transformers import AutoModel
 
+import compresskit
+from compresskit.decompositions.auto import Auto
 from compresskit.errors import BudgetError
-from compresskit.surgery import budget
-from compresskit.surgery.budget import Choice, param_budget, solve
+from compresskit.surgery import budget, pricing
+from compresskit.surgery.budget import Choice, param_budget, sketch, solve
 
 SCALES = (1e-30, 1e-12, 1.0, 1e12, 1e30)
 TOTAL = 109_482_240
@@ -182,6 +185,42 @@ def test_agrees_with_scipy_milp_under_both_limits(seed):
     loss, optimum = check(groups, limit, max_macs, solution), milp_optimum(groups, limit, max_macs)
     assert optimum * (1 - 1e-6) <= loss <= optimum * 1.03
     assert loss * (1 - solution.gap) <= optimum * (1 + 1e-6)
+
+
+@pytest.fixture(scope="module")
+def real_layers(minilm):
+    """The first layer of a pretrained encoder, as a model."""
+    model = AutoModel.from_pretrained(minilm, num_hidden_layers=1)
+    return model.encoder
+
+
+@pytest.mark.parametrize(("method", "ratio"), [("svd", 2), ("svd", 6), (Auto(methods="svd+kronecker+monarch"), 4)])
+def test_agrees_with_scipy_milp_on_the_menus_of_a_pretrained_layer(real_layers, monkeypatch, method, ratio):
+    asked = {}
+
+    def spy(groups, *, max_params, **others):
+        asked.update(groups=groups, max_params=max_params)
+        return solve(groups, max_params=max_params, **others)
+
+    monkeypatch.setattr(pricing, "solve", spy)
+    plan = compresskit.plan(real_layers, method, ratio=ratio)
+    solution = solve(asked["groups"], max_params=asked["max_params"])
+    loss = check(asked["groups"], asked["max_params"], None, solution)
+    optimum = milp_optimum(asked["groups"], asked["max_params"], None)
+    assert plan.gap == solution.gap
+    assert loss * (1 - solution.gap) <= optimum * (1 + 1e-6)
+    assert optimum * (1 - 1e-6) <= loss <= optimum * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_sketch_keeps_the_limit_and_its_gap_is_a_bound(seed):
+    groups = random_groups(seed)
+    limit = between(groups, 0.3)
+    solution, exact = sketch(groups, max_params=limit), solve(groups, max_params=limit)
+    loss, best = check(groups, limit, None, solution), check(groups, limit, None, exact)
+    assert best * (1 - 1e-9) <= loss
+    assert loss * (1 - solution.gap) <= best * (1 + 1e-9)
+    assert sketch(groups, max_params=between(groups, 0) - 1) is None
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -1,0 +1,116 @@
+"""Sensitivity: what compressing one layer alone does to the answers of the whole model, measured on samples.
+
+The error of a layer's own output does not say what the model makes of it: a residual stream forgives, a softmax may
+not. So each weight in turn is replaced by a low-rank one, the samples are run, and the change of the model's output,
+per squared relative error of the layer, is what the budget then weighs that layer by. Its premise is that the output's
+squared error grows in proportion to the layer's.
+
+Measured on the encoder of all-MiniLM-L6-v2 with weighted SVD, STS-B dev without training: .813 for .802 with parameters
+as weights at 4 times, but .838 for .842 at 2 times; by pooled embeddings instead of hidden states .805 and .836. The
+FFN's second weight is 10 to 100 times as sensitive as those of attention. So it is an option, not the default.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from compresskit.calibration.calibrate import forward
+from compresskit.calibration.collect import undisturbed
+from compresskit.calibration.data import Batch, arguments
+from compresskit.calibration.masks import Masks
+from compresskit.calibration.moments import Calibration
+from compresskit.calibration.weights import importances_of
+from compresskit.core.decomposition import as_matrix
+from compresskit.core.importance import Importance
+from compresskit.core.registry import decomposition
+from compresskit.errors import CalibrationError
+from compresskit.surgery.pricing import OnProgress, Progress
+from compresskit.surgery.sites import Site, find_sites, site_weight
+
+PROBE = "svd"
+PROBE_RATIO = 3.0
+"""How much smaller the weight is made whose effect is measured: between what is usual and what breaks a layer."""
+LEAST_ERROR = 1e-6
+"""A squared relative error below this counts as this much: what low rank holds exactly is not infinitely sensitive."""
+
+
+def measure_sensitivities(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    calibration: Calibration | None = None,
+    *,
+    on_progress: OnProgress | None = None,
+) -> dict[str, float]:
+    """By name of each site: squared relative change of the model's output / squared relative error of the layer.
+
+    Takes as many passes over the samples as there are sites; the model is as it was afterwards.
+
+    Args:
+        batches: samples, as `list(read_batches(...))`; a few dozen texts are enough.
+        calibration: then the layers' errors are those of their outputs, and the probes are fitted to them.
+        on_progress: called after each site.
+
+    Raises:
+        CalibrationError: no samples, or the model returns neither a last hidden state nor logits.
+    """
+    if not batches:
+        raise CalibrationError("sensitivities are measured on samples: give batches, as list(read_batches(...))")
+    survey = find_sites(model)
+    importances = {} if calibration is None else importances_of(calibration, model, survey)
+    found: dict[str, float] = {}
+    with undisturbed(model), torch.no_grad():
+        wanted = [_answer(model, batch) for batch in batches]
+        energy = sum(float(answer.double().square().sum()) for answer in wanted)
+        for site in survey.sites:
+            with _probe(model, site, importances.get(site.name)) as error:
+                pairs = ((_answer(model, batch), answer) for batch, answer in zip(batches, wanted, strict=True))
+                lost = sum(float((ours - answer).double().square().sum()) for ours, answer in pairs)
+            found[site.name] = lost / max(energy, torch.finfo(torch.float64).tiny) / max(error, LEAST_ERROR)
+            if on_progress is not None:
+                on_progress(Progress("measure", site.name, len(found), len(survey.sites)))
+    return found
+
+
+@contextmanager
+def _probe(model: nn.Module, site: Site, importance: Importance | None) -> Iterator[float]:
+    """A low-rank weight in place of a site's while it lasts; gives its squared relative error."""
+    weight = site_weight(model, site)
+    matrix = as_matrix(weight, f"the weight of {site.name!r}")
+    method = decomposition(PROBE)
+    ratio = min(PROBE_RATIO, _highest_ratio(site))
+    fitted = method.fit(matrix, ratio=ratio, importance=importance)
+    error = fitted.relative_error if fitted.weighted_error is None else fitted.weighted_error
+    changes: dict[Tensor, Tensor] = {weight: fitted.structure.dense(fitted.factors) - matrix}
+    if importance is not None and importance.mean is not None:
+        change = fitted.bias_change(matrix, importance.mean)
+        biases = [getattr(model.get_submodule(name), "bias", None) for name in site.names]
+        changes.update({bias: change for bias in biases if isinstance(bias, nn.Parameter)})
+    held = {tensor: tensor.clone() for tensor in changes}
+    try:
+        for tensor, change in changes.items():
+            tensor.add_(change.to(tensor.device, tensor.dtype))
+        yield error**2
+    finally:
+        for tensor, kept in held.items():
+            tensor.copy_(kept)
+
+
+def _highest_ratio(site: Site) -> float:
+    return site.num_params / (site.rows + site.cols)
+
+
+def _answer(model: nn.Module, batch: Batch) -> Tensor:
+    """What the model answers, padding as zeros."""
+    given = arguments(model, batch, next(model.parameters()).device)
+    output = forward(model, given, gradients=False)
+    fields: Mapping[str, Tensor] = output if isinstance(output, Mapping) else {}
+    names = ("last_hidden_state", "logits", "start_logits")
+    answer = output if isinstance(output, Tensor) else next((fields[name] for name in names if name in fields), None)
+    if not isinstance(answer, Tensor):
+        raise CalibrationError(
+            f"{type(model).__name__} returns neither a last hidden state nor logits, so there is nothing to measure by"
+        )
+    rows, _ = Masks.of(given).real("decoder", tuple(answer.shape[:-1]))
+    return answer if rows is None else answer * rows.view(answer.shape[:-1])[..., None]

@@ -1,0 +1,235 @@
+"""BLAST: block (i, j) of W is U_i diag(s_ij) V_j^T: bases that rows and columns of blocks share, diagonal couplings.
+
+Source: Lee et al., "BLAST: Block-level adaptive structured matrices for efficient deep neural network inference"
+(NeurIPS 2024). It contains low rank (all s_ij = 1), block-diagonal and block low-rank matrices, for p * q * rank
+numbers more than low rank. The paper factorises by preconditioned gradient descent from small random factors. Ours
+starts at the SVD of the same rank, plain or weighted, and alternates exact solutions, so it is never worse than that
+SVD (`core.blockfit`).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from compresskit.core.blockfit import Blocks, refine
+from compresskit.core.cost import Gemm, Operation, Pass
+from compresskit.core.decomposition import Analysis, Decomposition
+from compresskit.core.importance import Importance, Moment
+from compresskit.core.registry import register
+from compresskit.core.structure import Factor, Structure, TensorSpec, tensor_of
+from compresskit.decompositions.svd import SVD, LowRank
+from compresskit.errors import OptionError, StructureError
+
+MAX_BLOCKS = 8
+"""Blocks along a side that the menu offers at most. More fit better, but their coupling costs time."""
+RANK_STEP = 1.5
+"""Neighbouring ranks of the menu: each has a price of its own, and SVD has what lies between."""
+PRICE_ROUNDS = 3
+"""Rounds behind a price; the fit goes on to `rounds`."""
+
+Pair = tuple[int, int]
+
+
+@final
+@dataclass(frozen=True)
+class BlastBlocks(Structure):
+    """W (rows, cols) in p x q blocks, block (i, j) = left_i @ diag(scales[:, i, j]) @ right_j.
+
+    Stored as left (p, rows / p, rank), scales (rank, p, q), right (q, rank, cols / q): each product of `matmul` then
+    reads the result of the one before without a copy.
+    """
+
+    kind: ClassVar[str] = "blast"
+
+    blocks: Pair
+    rank: int
+
+    def validate(self) -> None:
+        if len(self.blocks) != 2 or min(*self.blocks, self.rank) < 1:
+            raise StructureError(f"a BLAST matrix has two numbers of blocks and a rank, at least 1, got {self}")
+        if self.rows % self.blocks[0] or self.cols % self.blocks[1]:
+            raise StructureError(
+                f"{self.rows} x {self.cols} cannot be cut in {self.blocks[0]} x {self.blocks[1]} blocks"
+            )
+        if self.rank > min(self.rows, self.cols):
+            raise StructureError(f"the rank of a {self.rows} x {self.cols} weight is 1 to {min(self.rows, self.cols)}")
+
+    @property
+    def _sizes(self) -> tuple[int, int, int, int]:
+        """p, q, rows and cols of a block."""
+        p, q = self.blocks
+        return p, q, self.rows // p, self.cols // q
+
+    def factor_specs(self) -> dict[str, TensorSpec]:
+        p, q, m, n = self._sizes
+        return {
+            "left": TensorSpec((p, m, self.rank)),
+            "scales": TensorSpec((self.rank, p, q)),
+            "right": TensorSpec((q, self.rank, n)),
+        }
+
+    def dense(self, factors: Mapping[str, Tensor]) -> Tensor:
+        return Blocks(factors["left"], factors["scales"].permute(1, 2, 0), factors["right"].mT).dense()
+
+    def matmul(self, x: Tensor, factors: Mapping[str, Factor], bias: Tensor | None = None) -> Tensor:
+        p, q, m, n = self._sizes
+        left, scales, right = (tensor_of(factors[name]) for name in ("left", "scales", "right"))
+        grid = x.unflatten(-1, (q, n)).reshape(-1, q, n)
+        inner = torch.bmm(right, grid.permute(1, 2, 0))  # (q, rank, tokens)
+        inner = torch.bmm(scales, inner.transpose(0, 1)).permute(1, 2, 0)  # (p, tokens, rank)
+        y = torch.bmm(inner, left.mT) if bias is None else torch.baddbmm(bias.view(p, 1, m), inner, left.mT)
+        return y.transpose(0, 1).reshape(*x.shape[:-1], self.rows)
+
+    def take_rows(self, index: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
+        """rank * cols multiply-adds per row, as with SVD, and q * rank for the coupling."""
+        _, q, m, _ = self._sizes
+        row = F.embedding(index, factors["left"].flatten(0, 1))  # (..., rank)
+        scales = F.embedding(index // m, factors["scales"].permute(1, 2, 0).flatten(1)).unflatten(-1, (q, self.rank))
+        coordinates = (scales * row[..., None, :]).reshape(-1, q, self.rank)
+        rows = torch.bmm(coordinates.transpose(0, 1), factors["right"])  # (q, tokens, n)
+        return rows.transpose(0, 1).reshape(*index.shape, self.cols)
+
+    @property
+    def macs(self) -> int:
+        p, q, _, _ = self._sizes
+        return self.rank * (self.rows + self.cols + p * q)
+
+    @property
+    def lookup_macs(self) -> int:
+        return self.rank * (self.blocks[1] + self.cols)
+
+    def operations(self, tokens: int) -> Sequence[Operation]:
+        p, q, m, n = self._sizes
+        return (
+            Gemm(self.rank, tokens, n, batch=q),
+            Gemm(p, tokens, q, batch=self.rank),
+            Gemm(tokens, m, self.rank, batch=p),
+            Pass(2 * tokens * self.rows),
+        )
+
+    def lookup_operations(self, tokens: int) -> Sequence[Operation]:
+        _, q, _, n = self._sizes
+        return (
+            Pass(tokens * self.rank * (2 + 4 * q)),
+            Gemm(tokens, n, self.rank, batch=q),
+            Pass(2 * tokens * self.cols),
+        )
+
+
+@register
+@final
+@dataclass(frozen=True)
+class Blast(Decomposition):
+    """Alternating least squares from the SVD of the same rank.
+
+    Args:
+        blocks: numbers of blocks (p, q) along rows and columns; None: the largest up to 8 that divide them.
+        rank: this rank everywhere; None: the budget chooses.
+        rounds: rounds of alternating least squares; 0: the SVD as it is.
+    """
+
+    name: ClassVar[str] = "blast"
+    summary: ClassVar[str] = "block (i, j) of W ~ U_i diag(s_ij) V_j^T"
+    source: ClassVar[str] = "Lee et al., NeurIPS 2024; started at the SVD, alternating least squares"
+    structures: ClassVar[tuple[type[Structure], ...]] = (BlastBlocks,)
+
+    blocks: tuple[int, int] | None = None
+    rank: int | None = None
+    rounds: int = 15
+
+    def __post_init__(self) -> None:
+        if self.blocks is not None and min(self.blocks) < 1:
+            raise OptionError(f"blocks are counts along rows and columns, at least 1; got {self.blocks}")
+        if self.rank is not None and self.rank < 1:
+            raise OptionError(f"rank is a count, at least 1; got {self.rank}")
+        if self.rounds < 0:
+            raise OptionError(f"rounds is a number of rounds, at least 0; got {self.rounds}")
+
+    def menu(self, rows: int, cols: int, *, lookup: bool = False) -> Iterable[Structure]:
+        p, q = self.blocks or (_blocks(rows), _blocks(cols))
+        if rows % p or cols % q or (self.blocks is None and p * q == 1):
+            return
+        top = min(rows, cols, (rows * cols - 1) // (rows + cols + p * q))
+        for rank in [self.rank] if self.rank else _ranks(top):
+            if rank <= top:
+                yield BlastBlocks(rows, cols, (p, q), rank)
+
+    def recovers(self, structure: Structure) -> bool:
+        """Only what is low rank; else the factors are a local minimum."""
+        return isinstance(structure, BlastBlocks) and (structure.rank == 1 or min(structure.blocks) == 1)
+
+    def analyse(self, weight: Tensor) -> Analysis:
+        return _BlastAnalysis(weight, None, self.rounds)
+
+    def analyse_weighted(self, weight: Tensor, importance: Importance) -> Analysis:
+        return _BlastAnalysis(weight, importance, self.rounds)
+
+
+def _blocks(n: int) -> int:
+    """The largest number of blocks up to MAX_BLOCKS that divides a side and leaves blocks at least as long."""
+    return max(b for b in range(1, MAX_BLOCKS + 1) if n % b == 0 and (b == 1 or n >= 2 * b))
+
+
+def _ranks(top: int) -> list[int]:
+    """From `top` downwards, neighbours a factor RANK_STEP apart."""
+    ranks, rank = [], top
+    while rank >= 1:
+        ranks.append(rank)
+        rank = min(rank - 1, int(rank / RANK_STEP))
+    return ranks[::-1]
+
+
+@final
+class _BlastAnalysis(Analysis):
+    """The SVD of each rank, refined: a few rounds for a price, all of them for the fit."""
+
+    def __init__(self, weight: Tensor, importance: Importance | None, rounds: int) -> None:
+        scale = float(torch.linalg.vector_norm(weight)) / weight.numel() ** 0.5
+        self._scale = scale or 1.0
+        self._weight = (weight / self._scale).contiguous()  # products of three factors stay in range
+        self._importance = importance
+        self._rounds = rounds
+        metric = None if importance is None else importance.metric(weight)
+        self._rows = Moment.of(None if metric is None else metric.rows.values, like=weight)
+        self._cols = Moment.of(None if metric is None else metric.cols.values, like=weight)
+        self._start = SVD().analyse_for(self._weight, importance)
+        self._prices: dict[Structure, float] = {}
+
+    def squared_errors(self, structures: Sequence[Structure]) -> list[float]:
+        for structure in structures:
+            if structure not in self._prices:
+                difference = self._weight - self._fit(structure, min(PRICE_ROUNDS, self._rounds)).dense()
+                if self._importance is None:
+                    error = float(difference.double().square().sum())
+                else:
+                    error = self._importance.squared_norm(difference)
+                self._prices[structure] = error * self._scale**2
+        return [self._prices[structure] for structure in structures]
+
+    def factors(self, structure: Structure) -> dict[str, Tensor]:
+        blocks = self._fit(structure, self._rounds)
+        return _stored(blocks, self._scale)
+
+    def _fit(self, structure: Structure, rounds: int) -> Blocks:
+        assert isinstance(structure, BlastBlocks)
+        p, q = structure.blocks
+        low = self._start.factors(LowRank(structure.rows, structure.cols, structure.rank))
+        left, right = low["left"].unflatten(0, (p, -1)), low["right"].T.unflatten(0, (q, -1))
+        start = Blocks(left.contiguous(), left.new_ones(p, q, structure.rank), right.contiguous())
+        return refine(self._weight, start, self._rows, self._cols, rounds)
+
+
+def _stored(blocks: Blocks, scale: float) -> dict[str, Tensor]:
+    """Factors as they are stored, each component's size spread evenly over the three: all train at one scale."""
+    sizes = [torch.linalg.vector_norm(t, dim=(0, 1)) / t[..., 0].numel() ** 0.5 for t in vars(blocks).values()]
+    product = sizes[0] * sizes[1] * sizes[2] * scale
+    each = product.pow(1 / 3)
+    left, scales, right = (
+        torch.where(size > 0, tensor * (each / size), 0.0)
+        for size, tensor in zip(sizes, vars(blocks).values(), strict=True)
+    )
+    return {"left": left, "scales": scales.permute(2, 0, 1), "right": right.mT}

@@ -1,0 +1,98 @@
+"""Auto: the union of the other methods, each asked about its own structures, plug-ins included."""
+
+import math
+
+import pytest
+import torch
+
+import compresskit
+from compresskit.core import registry
+from compresskit.core.importance import Importance
+from compresskit.decompositions.auto import MAX_SEARCHES, Auto
+from compresskit.decompositions.kronecker import Kronecker
+from compresskit.decompositions.svd import SVD
+from compresskit.errors import OptionError, UnknownNameError
+from compresskit.testing.cases import normal, sample_weight
+from tests.core.toy import ToyDecomposition
+
+
+def test_the_menu_is_the_union_of_all_others():
+    union = set(Auto().menu(24, 36))
+    for name in registry.decompositions():
+        if name != "auto":
+            assert set(registry.decomposition(name).menu(24, 36)) <= union
+    assert {s.terms for s in union if s.kind == "kronecker"} == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("ratio", [1.5, 3, 8])
+def test_as_good_as_the_best_single_method_by_price(ratio):
+    weight = sample_weight(32, 48)
+    auto = Auto()
+    small = [s for s in auto.menu(32, 48) if s.num_params <= 32 * 48 / ratio]
+    prices = dict(zip(small, auto.analyse(weight).squared_errors(small), strict=True))
+    for name in ("svd", "kronecker", "tucker", "monarch", "blast", "tensor-train"):
+        method = registry.decomposition(name)
+        own = [s for s in method.menu(32, 48) if s.num_params <= 32 * 48 / ratio]
+        assert min(prices.values()) <= min(method.analyse(weight).squared_errors(own)) * (1 + 1e-6)
+
+
+def test_a_kronecker_weight_gets_kronecker_and_a_low_rank_one_is_kept():
+    product = torch.kron(normal(4, 4, seed=1), normal(8, 12, seed=2)).float()
+    assert Auto().fit(product, ratio=8).structure.kind == "kronecker"
+    low = (normal(32, 2, seed=1) @ normal(2, 48, seed=2)).float()
+    assert Auto(methods="svd+kronecker").fit(low + 0.01, ratio=7).relative_error < 1e-2
+
+
+def test_methods_restrict_it():
+    auto = Auto(methods="svd+kronecker")
+    assert {type(child) for child in auto.children()} == {SVD, Kronecker}
+    assert {s.kind for s in auto.menu(24, 36)} == {"low-rank", "kronecker"}
+
+
+def test_unknown_methods_and_itself_are_refused():
+    with pytest.raises(UnknownNameError, match="did you mean 'svd'"):
+        list(Auto(methods="svdd").menu(8, 8))
+    with pytest.raises(OptionError, match="auto itself is none of them"):
+        Auto(methods="svd+auto")
+
+
+def test_methods_without_a_data_aware_fit_are_left_out_where_there_is_data(monkeypatch):
+    monkeypatch.setitem(registry._decompositions, "toy", ToyDecomposition)
+    auto, weight = Auto(methods="svd+toy"), sample_weight(24, 36)
+    menu = list(auto.menu(24, 36))
+    importance = Importance(cols=torch.rand(36, generator=torch.Generator().manual_seed(0)))
+    prices = dict(zip(menu, auto.analyse_for(weight, importance).squared_errors(menu), strict=True))
+    assert all(math.isinf(price) == (s.kind != "low-rank") for s, price in prices.items())
+    assert {s.kind for s in menu} > {"low-rank"}
+    assert all(map(math.isfinite, auto.analyse(weight).squared_errors(menu)))
+
+
+def test_a_plan_names_the_method_and_what_the_others_could_do():
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(48, 32, bias=False) for _ in range(2)]
+    layers[0].weight.data = torch.kron(normal(4, 4, seed=1), normal(8, 12, seed=2)).float()
+    layers[1].weight.data = (normal(32, 3, seed=1) @ normal(3, 48, seed=2)).float()
+    model = torch.nn.Sequential(*layers)
+    plan = compresskit.plan(model, "auto", ratio=6, allow_slower=True)
+    methods = {planned.site.name: planned.decomposition.name for planned in plan.sites}
+    assert methods["0"] == "kronecker"
+    first = plan.to_json()["sites"][0]
+    assert first["method"] == "kronecker"
+    assert set(first["alternatives"]) >= {"kronecker", "svd"}
+    best = next(iter(first["alternatives"].items()))
+    assert best[0] == "kronecker"
+    assert best[1] == pytest.approx(first["expected_error"], abs=1e-6)
+    again = compresskit.plan_from_json(plan.to_json(), model)
+    assert [p.structure for p in again.sites] == [p.structure for p in plan.sites]
+    report = compresskit.apply(model, again)
+    assert {site.method for site in report.sites} == set(methods.values())
+
+
+def test_few_structures_of_a_search_are_priced_where_there_is_data():
+    auto, weight = Auto(methods="svd+kronecker"), sample_weight(48, 48)
+    importance = Importance(cols=torch.rand(48, generator=torch.Generator().manual_seed(0)))
+    menu = list(auto.menu(48, 48))
+    prices = auto.analyse_for(weight, importance).squared_errors(menu)
+    priced = [s.kind for s, price in zip(menu, prices, strict=True) if math.isfinite(price)]
+    assert 2 < priced.count("kronecker") <= MAX_SEARCHES < sum(s.kind == "kronecker" for s in menu)
+    assert priced.count("low-rank") == sum(s.kind == "low-rank" for s in menu)

@@ -1,0 +1,80 @@
+"""BLAST: never worse than the SVD it starts from, better where there is something to gain, weighted or not."""
+
+import itertools
+
+import pytest
+import torch
+
+from compresskit.core.importance import Importance
+from compresskit.decompositions.blast import Blast, BlastBlocks
+from compresskit.decompositions.svd import SVD, LowRank
+from compresskit.errors import OptionError, StructureError
+from compresskit.testing.cases import normal, sample_weight
+
+
+def moment(n, seed):
+    """A second moment with a few strong directions."""
+    x = normal(3 * n, n, seed=seed) * torch.arange(1, n + 1).pow(-1.0)
+    return (x.T @ x / len(x)).float()
+
+
+IMPORTANCES = {
+    "plain": None,
+    "inputs": Importance(cols=moment(36, 1)),
+    "diagonals": Importance(cols=moment(36, 1).diagonal(), rows=moment(24, 2).diagonal()),
+    "both": Importance(cols=moment(36, 1), rows=moment(24, 2)),
+}
+
+
+def error_of(fitted, importance):
+    return fitted.relative_error if importance is None else fitted.weighted_error
+
+
+@pytest.mark.parametrize("importance", IMPORTANCES.values(), ids=IMPORTANCES)
+@pytest.mark.parametrize("blocks", [(4, 4), (2, 6), (8, 1)])
+def test_more_rounds_are_never_worse_and_the_first_is_the_svd(importance, blocks):
+    weight = sample_weight(24, 36)
+    structure = BlastBlocks(24, 36, blocks, 6)
+    low = SVD().fit(weight, structure=LowRank(24, 36, 6), importance=importance)
+    fits = [Blast(rounds=rounds).fit(weight, structure=structure, importance=importance) for rounds in (0, 1, 5, 30)]
+    errors = [error_of(fitted, importance) for fitted in fits]
+    assert errors[0] == pytest.approx(error_of(low, importance), rel=1e-4)
+    assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(errors))
+    if min(blocks) > 1:
+        assert errors[-1] < 0.9 * errors[0]
+
+
+def test_block_diagonal_weights_are_out_of_reach_of_an_svd_but_not_of_blast():
+    weight = torch.block_diag(*(normal(6, 6, seed=seed) for seed in range(4))).float()
+    low = SVD().fit(weight, structure=LowRank(24, 24, 6)).relative_error
+    assert Blast(rounds=200).fit(weight, structure=BlastBlocks(24, 24, (4, 4), 6)).relative_error < low / 3
+
+
+def test_components_have_one_size_in_all_three_factors():
+    fitted = Blast().fit(sample_weight(24, 24), structure=BlastBlocks(24, 24, (4, 2), 3))
+    left, scales, right = (fitted.factors[name] for name in ("left", "scales", "right"))
+    sizes = [left.square().mean((0, 1)), scales.square().mean((1, 2)), right.square().mean((0, 2))]
+    torch.testing.assert_close(sizes[0], sizes[1], rtol=1e-4, atol=0)
+    torch.testing.assert_close(sizes[0], sizes[2], rtol=1e-4, atol=0)
+
+
+def test_the_menu_has_the_most_blocks_that_divide_and_is_smaller_than_the_weight():
+    menu = list(Blast().menu(768, 3072))
+    assert {structure.blocks for structure in menu} == {(8, 8)}
+    assert all(structure.num_params < 768 * 3072 for structure in menu)
+    assert list(Blast().menu(53, 59)) == []  # nothing divides primes
+
+
+@pytest.mark.parametrize(
+    ("options", "named"), [({"blocks": (0, 2)}, "blocks"), ({"rank": 0}, "rank"), ({"rounds": -1}, "rounds")]
+)
+def test_impossible_options_are_refused(options, named):
+    with pytest.raises(OptionError, match=named):
+        Blast(**options)
+
+
+def test_impossible_sizes_are_refused():
+    with pytest.raises(StructureError, match="cannot be cut in 5 x 2 blocks"):
+        BlastBlocks(24, 24, (5, 2), 3)
+    with pytest.raises(StructureError, match="the rank of a 24 x 24 weight is 1 to 24"):
+        BlastBlocks(24, 24, (4, 2), 25)
