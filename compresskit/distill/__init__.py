@@ -19,6 +19,7 @@ from compresskit.distill.objective import (
     objective_from_json,
     objective_from_toml,
 )
+from compresskit.distill.projections import ATTRIBUTE as PROJECTIONS
 
 if TYPE_CHECKING:
     from compresskit.distill.progress import JsonLinesLog
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from compresskit.distill.trainer import DistillationTrainer, last_checkpoint
 
 __all__ = [
+    "PROJECTIONS",
     "Comparison",
     "DistillationTrainer",
     "JsonLinesLog",

@@ -15,13 +15,17 @@ from compresskit.distill.objective import bind
 from compresskit.errors import DistillError, OptionError, UnknownNameError
 from tests.distill.tiny import FAMILIES, TASKS, collate, compressed, evaluate, examples, family, model, objective
 
-INSIDE = ("embeddings", "hidden-states", "ffn-outputs", "attention-scores", "attention-maps", "relations")
+INSIDE = (
+    *("embeddings", "hidden-states", "ffn-outputs", "sentence-embeddings"),
+    *("attention-scores", "attention-maps", "relations"),
+)
 WITH_LABELS = {task: ["task", "logits"] + ["next-sentence"] * (task == "pretraining") for task in TASKS}
 VARIANTS = [
     ("attention-maps", {"kind": "mse"}),
     ("relations", {"of": "query", "heads": 2}),
     ("relations", {"of": "key"}),
     ("hidden-states", {"projection": "linear"}),
+    ("sentence-embeddings", {"kind": "mse"}),
 ]
 
 
