@@ -11,7 +11,7 @@ import click
 from benchmarks.experiments import SuiteError
 from benchmarks.experiments.quality import STS_B
 from benchmarks.report import report_suite
-from benchmarks.runner import RESULTS, run_suite, state
+from benchmarks.runner import RESULTS, WORK, run_suite, state
 from benchmarks.suites import SUITES, read_suite, suite_names
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -42,9 +42,10 @@ def main() -> None:
 @click.argument("suite")
 @click.option("--force", is_flag=True, help="Measure anew what has a result.")
 @click.option("--only", metavar="GLOB", default="*", help="Only experiments with such a name, as `list` shows them.")
-@click.option("--data", type=EXISTING, help="Folder with evaluation data (glue/STS-B/dev.tsv).")
+@click.option("--data", type=EXISTING, help="Folder with evaluation data (glue/STS-B/dev.tsv) and plain text (text).")
+@click.option("--work", type=FOLDER, default=WORK, help="Folder where long experiments keep what they can go on from.")
 @_folders
-def run(suite: str, force: bool, only: str, data: Path | None, suites: Path, results: Path) -> None:
+def run(suite: str, force: bool, only: str, data: Path | None, work: Path, suites: Path, results: Path) -> None:
     """Measure what has no result of the same configuration yet."""
     every = read_suite(suite, suites)
     entries = [entry for entry in every if fnmatchcase(entry.name, only)]
@@ -53,7 +54,7 @@ def run(suite: str, force: bool, only: str, data: Path | None, suites: Path, res
     if data is not None and not (data / STS_B).exists():
         raise click.UsageError(f"the folder of --data has no {STS_B.as_posix()}")
     try:
-        tally = run_suite(entries, results, data=data, force=force, echo=click.echo)
+        tally = run_suite(entries, results, data=data, work=work, force=force, echo=click.echo)
     except KeyboardInterrupt:
         click.echo("interrupted; results that were complete are kept", err=True)
         raise click.exceptions.Exit(130) from None

@@ -15,6 +15,8 @@ from benchmarks.machine import ROOT, commit
 from benchmarks.suites import Entry
 
 RESULTS = Path(__file__).parent / "results"
+WORK = Path(__file__).parent / "work"
+"""Where experiments that take long keep checkpoints and what they share, unless another folder is given."""
 FIELDS = (
     *("suite", "experiment", "configuration", "seed", "commit", "versions", "hardware"),
     *("figures", "skipped", "wall_time_s", "peak_memory_bytes"),
@@ -35,13 +37,20 @@ class Tally:
 
 
 def run_suite(
-    entries: Sequence[Entry], results: Path, *, data: Path | None, force: bool, echo: Callable[[str], None]
+    entries: Sequence[Entry],
+    results: Path,
+    *,
+    data: Path | None,
+    work: Path = WORK,
+    force: bool,
+    echo: Callable[[str], None],
 ) -> Tally:
     """Measure what has no current result. One that fails does not keep the others from being measured.
 
     Args:
         results: folder of the results; changed one complete file at a time.
         data: folder with evaluation data, or None.
+        work: folder where experiments that take long keep what a later run goes on from.
         force: measure everything anew.
         echo: gets a line of progress at a time.
     """
@@ -52,7 +61,7 @@ def run_suite(
             continue
         echo(f"{entry.suite}/{entry.name} ...")
         circumstances = {"commit": commit(results.resolve())}
-        answer = _measure(entry, data)
+        answer = _measure(entry, data, work)
         if answer is None:
             became["failed"].append(entry.name)
             echo("  failed, see above")
@@ -98,9 +107,13 @@ def read_result(path: Path) -> dict[str, Any]:
     return result
 
 
-def _measure(entry: Entry, data: Path | None) -> dict[str, Any] | None:
+def _measure(entry: Entry, data: Path | None, work: Path) -> dict[str, Any] | None:
     """What the process of one experiment answered; None if it failed, having said why."""
-    request = {"configuration": entry.experiment.configuration(), "data": None if data is None else str(data.resolve())}
+    request = {
+        "configuration": entry.experiment.configuration(),
+        "data": None if data is None else str(data.resolve()),
+        "work": str(work.resolve()),
+    }
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
         command = [sys.executable, "-m", "benchmarks.worker", str(answer)]

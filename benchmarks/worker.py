@@ -22,7 +22,7 @@ def main() -> None:
     data = None if request["data"] is None else Path(request["data"])
     started = time.perf_counter()
     try:
-        outcome = experiment.run(data)
+        outcome = experiment.run_in(data, Path(request["work"]))
     except ExperimentSkipped as skipped:
         answer: dict[str, Any] = {"skip": str(skipped)}
     else:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import difflib
+import hashlib
 import importlib
+import json
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -57,6 +59,19 @@ class Experiment(ABC):
         Raises:
             ExperimentSkipped: it cannot run here.
         """
+
+    def run_in(self, data: Path | None, work: Path) -> Outcome:
+        """`run` for kinds that take long: they keep in `work` what the next try goes on from. By default just `run`.
+
+        Args:
+            work: folder that several experiments share; it may not exist yet.
+        """
+        return self.run(data)
+
+    def key(self) -> str:
+        """Digest of the configuration: a name for a folder in which only this experiment goes on."""
+        said = json.dumps(self.configuration(), sort_keys=True)
+        return hashlib.sha256(said.encode()).hexdigest()[:16]
 
     @classmethod
     @abstractmethod

@@ -49,7 +49,8 @@ def test_smoke_suite_runs_once_and_reports(tmp_path):
     shutil.copy(SUITES / "smoke.toml", suites)
     folders = ("--suites", suites, "--results", results)
 
-    first = benchmarks("run", "smoke", *folders)
+    work = ("--work", tmp_path / "work")
+    first = benchmarks("run", "smoke", *folders, *work)
     assert first.returncode == 0, first.stdout + first.stderr
     files = sorted((results / "smoke").iterdir())
     assert [file.stem for file in files] == sorted(SMOKE)
@@ -57,13 +58,13 @@ def test_smoke_suite_runs_once_and_reports(tmp_path):
         check_result(json.loads(file.read_text()), SMOKE[file.stem].experiment)
 
     stamps = {file: file.stat().st_mtime_ns for file in files}
-    second = benchmarks("run", "smoke", *folders)
+    second = benchmarks("run", "smoke", *folders, *work)
     assert second.stdout.strip() == f"{len(SMOKE)} kept, 0 measured, 0 skipped, 0 failed"
     assert {file: file.stat().st_mtime_ns for file in files} == stamps
 
     suite = suites / "smoke.toml"
     suite.write_text(suite.read_text().replace("layers = [1, 2]", "layers = [2, 1]"))
-    third = benchmarks("run", "smoke", *folders)
+    third = benchmarks("run", "smoke", *folders, *work)
     assert f"{len(SMOKE) - 1} kept, 1 measured" in third.stdout
     assert {file.stem for file in files if file.stat().st_mtime_ns != stamps[file]} == {"scaling"}
 
@@ -97,6 +98,8 @@ def check_report(text, results):
     assert f"({results['peers']['figures']['tokens_4']['dense_ratio']:.2f}) |" in text
     assert f"| {results['roofline']['figures']['tokens_4']['dense_ratio']:.2f} (" in text
     assert f"| {results['cost-model']['figures']['layers']['number']} |" in text
+    assert f"| {results['corpus-distill']['figures']['training']['tokens']:,} |" in text
+    assert f"| {results['recipe']['figures']['kept']:.1%} |" in text
     assert results["command"]["hardware"]["cpu"] in text
     assert "Skipped: sts_b: no folder was given with --data." in text
     assert "Not measured" not in text
