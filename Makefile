@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
+WORK ?= benchmarks/work
 
-.PHONY: help demo test lint types unit bench wheel clean
+.PHONY: help demo test lint types unit bench experiments wheel clean
 
 help:
 	@echo "make demo   compress a real pretrained transformer 19 times and measure the result"
 	@echo "make test   lint, types and the whole test suite"
 	@echo "make bench  run the benchmarks that have no result yet, and print the tables"
+	@echo "make experiments DATA=FOLDER WORK=FOLDER   distill on plain text and on tasks; takes days, goes on where it was"
 	@echo "make wheel  build dist/*.whl;  make clean  remove what the others made"
 
 $(BIN)/python:
@@ -42,6 +44,15 @@ unit: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks run compress
 	$(BIN)/python -m benchmarks run minilm
+	$(BIN)/python -m benchmarks report
+
+# In order of value; what has a result is left out, so the same command goes on after an interruption.
+experiments: $(VENV)/.dev
+	$(BIN)/python -m benchmarks run corpus-distill --only 'short-*' --data $(DATA) --work $(WORK)
+	$(BIN)/python -m benchmarks run corpus-distill --only 'long-encoder-*' --data $(DATA) --work $(WORK)
+	$(BIN)/python -m benchmarks run recipe --only 'two-7.7-*' --data $(DATA) --work $(WORK)
+	$(BIN)/python -m benchmarks run corpus-distill --data $(DATA) --work $(WORK)
+	$(BIN)/python -m benchmarks run recipe --data $(DATA) --work $(WORK)
 	$(BIN)/python -m benchmarks report
 
 wheel: $(VENV)/.dev

@@ -1,0 +1,115 @@
+"""A preset on a real task: the teacher, the student, and what is left of the teacher's score."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar, final
+
+from benchmarks.experiments import Experiment, ExperimentSkipped, Outcome, SuiteError
+
+STAGES = ("two", "one")
+TEACHERS: Mapping[str, Mapping[str, Any]] = {
+    "mrpc": {"epochs": 5.0, "lr": 5e-5, "batch_size": 16},
+    "rte": {"epochs": 6.0, "lr": 5e-5, "batch_size": 16},
+    "cola": {"epochs": 5.0, "lr": 5e-5},
+    "stsb": {"epochs": 5.0, "lr": 5e-5, "batch_size": 16},
+    "sst2": {"epochs": 2.0, "lr": 5e-5},
+}
+"""How the teacher of a task is trained; the defaults of `TrainSettings` where nothing stands here."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Experiment):
+    """Distillation of a model that was fine-tuned on a task, by a preset at a given size.
+
+    The teacher of a task is made once (`teacher-<task>` in the work folder), and so is the student of the first stage,
+    which all tasks share; `seed` is that of both stages of the student, the teacher always has 0.
+
+    Args:
+        preset: of `compresskit presets`.
+        ratio: of the whole model.
+        task: of `compresskit.tasks`, or `own`: our own sentences.
+        stages: `two`: plain text and then the task; `one`: the task alone.
+        settings: that differ from the preset, as `corpus.max_steps=1000`.
+        model: `minilm`, or a random one.
+        texts: of the first stage. `data`: the folder `text` in that of --data; `own`: our own sentences.
+        dtype: bfloat16 multiplies in that type, weights and optimiser are float32 all the same.
+    """
+
+    kind: ClassVar[str] = "recipe"
+
+    preset: str
+    ratio: float
+    task: str
+    stages: str = "two"
+    settings: tuple[str, ...] = ()
+    model: str = "minilm"
+    texts: str = "data"
+    dtype: str = "bfloat16"
+
+    def run(self, data: Path | None) -> Outcome:
+        with TemporaryDirectory() as work:
+            return self.run_in(data, Path(work))
+
+    def run_in(self, data: Path | None, work: Path) -> Outcome:
+        if self.stages not in STAGES:
+            raise SuiteError(f"{self.kind}: stages is {' or '.join(STAGES)}, got {self.stages!r}")
+        if data is None and (self.task != "own" or self.texts != "own"):
+            raise ExperimentSkipped("give the folder that holds glue/ and text/ with --data")
+        from benchmarks.recipes import Workshop, stage_1_figures
+
+        work.mkdir(parents=True, exist_ok=True)
+        shop = Workshop(work, data, self.model, 0, self.dtype)
+        teacher = shop.teacher(self.task, TEACHERS.get(self.task, {}))
+        student = None
+        first: dict[str, Any] | None = None
+        if self.stages == "two":
+            student = shop.stage_1(self._preset("corpus"), self.ratio, self.texts, self._stage_1_key())
+            first = stage_1_figures(student)
+        figures = shop.distill(self._preset("task"), self.task, teacher, self.key(), student=student, ratio=self.ratio)
+        primary = next(iter(figures["metrics"]))
+        kept = figures["metrics"][primary] / figures["teacher"][primary] if figures["teacher"][primary] else 0.0
+        return Outcome({**figures, "stage_1": first, "primary": primary, "kept": kept})
+
+    def _preset(self, part: str) -> Any:
+        """The preset with our settings of one of its stages."""
+        from compresskit.recipes import preset
+
+        ours = dict(item.split("=", 1) for item in self.settings)
+        bf16 = str(self.dtype == "bfloat16").lower()
+        values = {f"{part}.seed": self.seed, f"{part}.device": "cpu", f"{part}.bf16": bf16}
+        return preset(self.preset).with_values(
+            {**values, **{name: value for name, value in ours.items() if name.partition(".")[0] != _other(part)}}
+        )
+
+    def _stage_1_key(self) -> str:
+        """The same for all tasks."""
+        tables = {name: table for name, table in self._preset("corpus").data.items() if name != "task"}
+        said = json.dumps([self.model, self.texts, self.ratio, tables], sort_keys=True)
+        digest = hashlib.sha256(said.encode()).hexdigest()[:12]
+        return f"{self.preset.replace(':', '-')}-{self.ratio:g}-{digest}"
+
+    @classmethod
+    def row(cls, configuration: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[str, str]:
+        primary = figures["primary"]
+        return {
+            "task": configuration["task"],
+            "preset": configuration["preset"],
+            "asked": f"{configuration['ratio']:g}",
+            "stages": configuration["stages"],
+            "seed": str(configuration["seed"]),
+            "parameters": f"{figures['parameters']:,}",
+            "metric": primary,
+            "teacher": f"{figures['teacher'][primary]:.3f}",
+            "before this stage": f"{figures['before'][primary]:.3f}",
+            "student": f"{figures['metrics'][primary]:.3f}",
+            "of the teacher": f"{figures['kept']:.1%}",
+        }
+
+
+def _other(part: str) -> str:
+    return "task" if part == "corpus" else "corpus"
