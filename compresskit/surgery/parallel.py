@@ -20,7 +20,8 @@ def map_in_threads(
     """`function` of each item, in order, several at a time, the cores shared between them.
 
     An eigendecomposition of a 768 x 768 matrix takes 34 ms on two cores, but two of them side by side take 22 ms each.
-    The results do not depend on the order of the work. On a GPU, which runs one after the other anyway: one at a time.
+    The order of the work does not change the results; the number of threads may, by rounding. On a
+    GPU, which runs one after the other anyway: one at a time.
 
     Args:
         device: where the function computes.
