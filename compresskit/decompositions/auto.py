@@ -136,4 +136,6 @@ class _AutoAnalysis(Analysis):
 
     def factors(self, structure: Structure) -> dict[str, Tensor]:
         fitter = self._auto.fitter(structure)
-        return fitter.analyse_for(self._weight, self._importance).factors(structure)
+        analysis = fitter.analyse_for(self._weight, self._importance)
+        analysis.squared_errors([structure])  # a search may go on from what its price has found
+        return analysis.factors(structure)

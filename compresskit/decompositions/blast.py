@@ -202,17 +202,28 @@ class _BlastAnalysis(Analysis):
     def squared_errors(self, structures: Sequence[Structure]) -> list[float]:
         for structure in structures:
             if structure not in self._prices:
-                difference = self._weight - self._fit(structure, min(PRICE_ROUNDS, self._rounds)).dense()
-                if self._importance is None:
-                    error = float(difference.double().square().sum())
-                else:
-                    error = self._importance.squared_norm(difference)
-                self._prices[structure] = error * self._scale**2
+                blocks = self._fit(structure, min(PRICE_ROUNDS, self._rounds))
+                self._prices[structure] = self._error(blocks) * self._scale**2
         return [self._prices[structure] for structure in structures]
 
     def factors(self, structure: Structure) -> dict[str, Tensor]:
         blocks = self._fit(structure, self._rounds)
+        if self._importance is not None:  # both end in optima of their own: the plain fit can be the better one
+            plain = _BlastAnalysis(self._weight, None, self._rounds)._fit_scaled(structure)
+            blocks = min(blocks, plain, key=self._error)
         return _stored(blocks, self._scale)
+
+    def _fit_scaled(self, structure: Structure) -> Blocks:
+        """The fit to the weight as it was given."""
+        blocks = self._fit(structure, self._rounds)
+        return Blocks(blocks.left * self._scale, blocks.scales, blocks.right)
+
+    def _error(self, blocks: Blocks) -> float:
+        """Squared error of the scaled weight, weighted if there is an importance."""
+        difference = self._weight - blocks.dense()
+        if self._importance is None:
+            return float(difference.double().square().sum())
+        return self._importance.squared_norm(difference)
 
     def _fit(self, structure: Structure, rounds: int) -> Blocks:
         assert isinstance(structure, BlastBlocks)
