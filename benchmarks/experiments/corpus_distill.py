@@ -56,7 +56,7 @@ class CorpusDistill(Experiment):
     warmup: float = 0.05
     weight_decay: float = 0.0
     schedule: str = "linear"
-    dtype: str = "bfloat16"
+    dtype: str = "float32"
     eval_steps: int = 100
 
     def run(self, data: Path | None) -> Outcome:

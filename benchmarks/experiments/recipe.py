@@ -49,7 +49,7 @@ class Recipe(Experiment):
     settings: tuple[str, ...] = ()
     model: str = "minilm"
     texts: str = "data"
-    dtype: str = "bfloat16"
+    dtype: str = "float32"
 
     def run(self, data: Path | None) -> Outcome:
         with TemporaryDirectory() as work:

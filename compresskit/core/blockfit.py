@@ -67,6 +67,8 @@ def refine(weight: Tensor, start: Blocks, rows: Moment, cols: Moment, rounds: in
         weight: (p * m, q * n), of any scale.
         rows, cols: R and C, in the dtype of the weight.
     """
+    if len(weight) > len(start.left) * weight.shape[1] and (rows.values is None or rows.values.dim() == 1):
+        return _refine_tall(weight, start, rows, cols, rounds)
     best, before = start, None
     least = _Descent(weight, rows, cols, start).error
     here = _Descent(weight, rows, cols, _shaken(start))
@@ -82,6 +84,26 @@ def refine(weight: Tensor, start: Blocks, rows: Moment, cols: Moment, rounds: in
         if before is not None and number + 1 < rounds:
             here = _Descent(weight, rows, cols, best.beyond(before, (number + 1) ** GROWTH))
     return best
+
+
+def _refine_tall(weight: Tensor, start: Blocks, rows: Moment, cols: Moment, rounds: int) -> Blocks:
+    """The same where rows are independent and outnumber the columns p times, as in an embedding.
+
+    With the weighted rows of a block R^(1/2) W_i = Q_i T_i, its bases are Q_i times those of the small T_i.
+    """
+    scaled = rows.root().before(weight).unflatten(0, (len(start.left), -1))
+    small = torch.linalg.qr(scaled, mode="r").R.flatten(0, 1)
+    found = refine(small, _with_left_of(small, start, cols), Moment(None), cols, rounds)
+    both = start, _with_left_of(weight, found, cols)
+    return min(both, key=lambda blocks: _Descent(weight, rows, cols, blocks).error)
+
+
+def _with_left_of(weight: Tensor, blocks: Blocks, cols: Moment) -> Blocks:
+    """The best left bases for the others, which do not depend on weights of single rows."""
+    bases = blocks.row_bases()
+    sides = torch.bmm(cols.after(weight).view(len(bases), -1, weight.shape[1]), bases)
+    left = _solved(_grams(blocks.right, cols, blocks.scales), sides.mT).mT
+    return Blocks(left.contiguous(), blocks.scales, blocks.right)
 
 
 def _shaken(blocks: Blocks) -> Blocks:

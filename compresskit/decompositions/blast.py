@@ -7,8 +7,9 @@ starts at the SVD of the same rank, plain or weighted, and alternates exact solu
 SVD (`core.blockfit`).
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
 import torch
@@ -26,10 +27,11 @@ from compresskit.errors import OptionError, StructureError
 
 MAX_BLOCKS = 8
 """Blocks along a side that the menu offers at most. More fit better, but their coupling costs time."""
-RANK_STEP = 1.5
-"""Neighbouring ranks of the menu: each has a price of its own, and SVD has what lies between."""
-PRICE_ROUNDS = 3
-"""Rounds behind a price; the fit goes on to `rounds`."""
+RANK_STEP = 1.02
+"""Neighbouring ranks of the menu."""
+ANCHORS = (0, 0.1, 0.25, 0.5, 0.65, 0.8, 0.9, 1)
+"""Shares of the highest rank that are fitted for prices; between them the gain over the SVD is interpolated (measured
+on MiniLM: within 1 % of the error of the fit)."""
 
 Pair = tuple[int, int]
 
@@ -153,7 +155,7 @@ class Blast(Decomposition):
         p, q = self.blocks or (_blocks(rows), _blocks(cols))
         if rows % p or cols % q or (self.blocks is None and p * q == 1):
             return
-        top = min(rows, cols, (rows * cols - 1) // (rows + cols + p * q))
+        top = _top(rows, cols, (p, q))
         for rank in [self.rank] if self.rank else _ranks(top):
             if rank <= top:
                 yield BlastBlocks(rows, cols, (p, q), rank)
@@ -174,6 +176,11 @@ def _blocks(n: int) -> int:
     return max(b for b in range(1, MAX_BLOCKS + 1) if n % b == 0 and (b == 1 or n >= 2 * b))
 
 
+def _top(rows: int, cols: int, blocks: Pair) -> int:
+    """The highest rank with fewer numbers than the weight; 0: there is none."""
+    return min(rows, cols, (rows * cols - 1) // (rows + cols + blocks[0] * blocks[1]))
+
+
 def _ranks(top: int) -> list[int]:
     """From `top` downwards, neighbours a factor RANK_STEP apart."""
     ranks, rank = [], top
@@ -185,7 +192,7 @@ def _ranks(top: int) -> list[int]:
 
 @final
 class _BlastAnalysis(Analysis):
-    """The SVD of each rank, refined: a few rounds for a price, all of them for the fit."""
+    """The SVD of a rank, refined. What that gains is a smooth function of the rank: a few ranks price all others."""
 
     def __init__(self, weight: Tensor, importance: Importance | None, rounds: int) -> None:
         scale = float(torch.linalg.vector_norm(weight)) / weight.numel() ** 0.5
@@ -197,14 +204,34 @@ class _BlastAnalysis(Analysis):
         self._rows = Moment.of(None if metric is None else metric.rows.values, like=weight)
         self._cols = Moment.of(None if metric is None else metric.cols.values, like=weight)
         self._start = SVD().analyse_for(self._weight, importance)
-        self._prices: dict[Structure, float] = {}
+        self._gains: dict[BlastBlocks, float] = {}
 
     def squared_errors(self, structures: Sequence[Structure]) -> list[float]:
-        for structure in structures:
-            if structure not in self._prices:
-                blocks = self._fit(structure, min(PRICE_ROUNDS, self._rounds))
-                self._prices[structure] = self._error(blocks) * self._scale**2
-        return [self._prices[structure] for structure in structures]
+        lows = [LowRank(s.rows, s.cols, s.rank) for s in structures if isinstance(s, BlastBlocks)]
+        errors = self._start.squared_errors(lows)
+        gains = [self._gain(s) for s in structures if isinstance(s, BlastBlocks)]
+        return [error * gain * self._scale**2 for error, gain in zip(errors, gains, strict=True)]
+
+    def _gain(self, structure: BlastBlocks) -> float:
+        """Squared error / that of the SVD of this rank, interpolated between anchors."""
+        top = _top(structure.rows, structure.cols, structure.blocks)
+        if structure.rank > top:
+            return self._gain_at(structure)
+        anchors = sorted({max(1, round(share * top)) for share in ANCHORS})
+        above = bisect_left(anchors, structure.rank)
+        high = self._gain_at(replace(structure, rank=anchors[above]))
+        if anchors[above] == structure.rank:
+            return high
+        low = self._gain_at(replace(structure, rank=anchors[above - 1]))
+        share = (structure.rank - anchors[above - 1]) / (anchors[above] - anchors[above - 1])
+        return low + share * (high - low)
+
+    def _gain_at(self, structure: BlastBlocks) -> float:
+        """The same of this very rank."""
+        if structure not in self._gains:
+            low = self._start.squared_errors([LowRank(structure.rows, structure.cols, structure.rank)])[0]
+            self._gains[structure] = self._error(self._fit(structure, self._rounds)) / low if low > 0 else 1.0
+        return self._gains[structure]
 
     def factors(self, structure: Structure) -> dict[str, Tensor]:
         blocks = self._fit(structure, self._rounds)

@@ -15,7 +15,7 @@ def key(**changes):
 def test_tasks_share_the_student_of_the_first_stage_and_nothing_else_does():
     assert key() == key(task="rte") == key(settings=["task.lr=1e-3"])
     others = [
-        *(key(ratio=4), key(seed=1), key(preset="tucker-kd"), key(texts="own"), key(dtype="float32")),
+        *(key(ratio=4), key(seed=1), key(preset="tucker-kd"), key(texts="own"), key(dtype="bfloat16")),
         key(settings=["corpus.max_steps=5"]),
     ]
     assert len({key(), *others}) == 1 + len(others)

@@ -44,10 +44,43 @@ def test_more_rounds_are_never_worse_and_the_first_is_the_svd(importance, blocks
         assert errors[-1] < 0.9 * errors[0]
 
 
+@pytest.mark.parametrize("importance", [None, "words", "both"])
+def test_tall_weights_are_fitted_as_well_as_in_pieces(importance):
+    """More rows in a block than columns in all: the fit works with what the rows span."""
+    words = torch.arange(400).remainder(7).float()  # some never occur
+    given = {
+        None: None,
+        "words": Importance(rows=words),
+        "both": Importance(rows=words, cols=moment(12, 1)),
+    }[importance]
+    weight = sample_weight(400, 12)
+    structure = BlastBlocks(400, 12, (4, 4), 5)
+    low = SVD().fit(weight, structure=LowRank(400, 12, 5), importance=given)
+    fitted = Blast().fit(weight, structure=structure, importance=given)
+    assert error_of(fitted, given) < 0.98 * error_of(low, given)
+    full = Importance(rows=words.diag() if given else torch.eye(400), cols=given.cols if given else None)
+    without = Blast().fit(weight, structure=structure, importance=full)  # a full row moment: no short cut
+    assert error_of(fitted, given) == pytest.approx(error_of(without, full), rel=0.05)
+
+
 def test_block_diagonal_weights_are_out_of_reach_of_an_svd_but_not_of_blast():
     weight = torch.block_diag(*(normal(6, 6, seed=seed) for seed in range(4))).float()
     low = SVD().fit(weight, structure=LowRank(24, 24, 6)).relative_error
     assert Blast(rounds=200).fit(weight, structure=BlastBlocks(24, 24, (4, 4), 6)).relative_error < low / 3
+
+
+@pytest.mark.parametrize("importance", [None, Importance(cols=moment(64, 1))], ids=["plain", "inputs"])
+def test_prices_between_the_ranks_that_are_fitted_are_near(importance):
+    """All ranks have a price, a few are fitted: what the others would really lose is as priced."""
+    weight = sample_weight(96, 64)
+    menu = list(Blast().menu(96, 64))
+    analysis = Blast().analyse_for(weight, importance)
+    prices = analysis.squared_errors(menu)
+    assert prices == sorted(prices, reverse=True)
+    for structure, price in list(zip(menu, prices, strict=True))[::3]:
+        difference = weight - structure.dense(analysis.factors(structure))
+        lost = float(difference.square().sum()) if importance is None else importance.squared_norm(difference)
+        assert price**0.5 == pytest.approx(lost**0.5, rel=0.03, abs=1e-3)
 
 
 def test_components_have_one_size_in_all_three_factors():
