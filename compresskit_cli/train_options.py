@@ -21,6 +21,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--schedule": {"type": click.Choice(SCHEDULES), "default": "linear", "help": "How the rate falls."},
     "--weight-decay": {"type": float, "default": 0.01, "help": "Of AdamW."},
     "--max-grad-norm": {"type": float, "default": 1.0, "help": "Clip gradients to this norm."},
+    "--dropout": {"type": float, "help": "Of the model while it trains. Default: its own."},
     "--seed": {"type": SEED, "default": 0, "help": "Of all chance."},
     "--eval-steps": {"type": AT_LEAST_ONE, "help": "Score and save this often. Default: every epoch."},
     "--patience": {"type": AT_LEAST_ONE, "help": "Stop after so many scores that are not the best."},

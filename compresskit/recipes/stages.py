@@ -121,7 +121,7 @@ def corpus_stage(
         train_dataset=rows,
         eval_dataset=None if dev is None else dev.features,
         data_collator=collate,
-        callbacks=_callbacks(CORPUS, folder, on_progress, patience=None if dev is None else recipe.settings.patience),
+        callbacks=_callbacks(CORPUS, recipe, folder, on_progress, scored=dev is not None),
         cache=teacher_cache,
         set_up=partial(score_on_, dev=dev),
     )
@@ -157,7 +157,7 @@ def task_stage(
         train_dataset=splits.train,
         eval_dataset=splits.dev.features,
         data_collator=collator(tokenizer, multiple_of=8 if recipe.settings.bf16 else 1),
-        callbacks=_callbacks(TASK, folder, on_progress, patience=recipe.settings.patience),
+        callbacks=_callbacks(TASK, recipe, folder, on_progress, scored=True),
         cache=teacher_cache,
         set_up=partial(score_on_, dev=splits.dev),
         prepare=None if student is None else partial(_carried, student),
@@ -169,10 +169,14 @@ def _carried(target: Model, source: Model) -> Model:
 
 
 def _callbacks(
-    name: str, folder: Path, on_progress: OnStage | None, *, patience: int | None
+    name: str, recipe: StageRecipe, folder: Path, on_progress: OnStage | None, *, scored: bool
 ) -> tuple[TrainerCallback, ...]:
-    shown = None if on_progress is None else partial(on_progress, name)
-    return (*training_callbacks(folder / name / LOG, patience=patience, on_progress=shown), SaveByClock())
+    settings, shown = recipe.settings, None if on_progress is None else partial(on_progress, name)
+    patience = settings.patience if scored else None
+    return (
+        *training_callbacks(folder / name / LOG, settings, patience=patience, on_progress=shown),
+        SaveByClock(),
+    )
 
 
 @final

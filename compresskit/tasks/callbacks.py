@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, final
 
 import transformers
+from torch import nn
 
 from compresskit.distill import JsonLinesLog
 from compresskit.errors import TrainingError
+from compresskit.tasks.settings import TrainSettings
 
 
 @final
@@ -100,9 +102,32 @@ class ProgressCallback(transformers.TrainerCallback):  # type: ignore[misc]
             )
 
 
+@final
+class Dropout(transformers.TrainerCallback):  # type: ignore[misc]
+    """Another dropout in all modules of the model while it trains."""
+
+    def __init__(self, p: float) -> None:
+        self._p = p
+        self._own: dict[nn.Dropout, float] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._own = {module: module.p for module in model.modules() if isinstance(module, nn.Dropout)}
+        for module in self._own:
+            module.p = self._p
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for module, p in self._own.items():
+            module.p = p
+
+
 def training_callbacks(
-    log: Path, *, patience: int | None = None, on_progress: OnTrainProgress | None = None
+    log: Path, settings: TrainSettings, *, patience: int | None = None, on_progress: OnTrainProgress | None = None
 ) -> list[transformers.TrainerCallback]:
-    """What every training of ours has: progress, a log, and an early stop if `patience` scores in a row were worse."""
+    """What every training of ours has: progress, a log, dropout as the settings say.
+
+    Args:
+        patience: stop early if so many scores in a row were worse; None: there are no scores, or never.
+    """
+    dropout = [] if settings.dropout is None else [Dropout(settings.dropout)]
     stopping = [] if patience is None else [transformers.EarlyStoppingCallback(patience)]
-    return [ProgressCallback(on_progress), JsonLinesLog(log), *stopping]
+    return [ProgressCallback(on_progress), JsonLinesLog(log), *dropout, *stopping]

@@ -84,7 +84,7 @@ def finetune_(
         data_collator=collator(tokenizer, multiple_of=8 if settings.bf16 else 1),
         train_dataset=features[0],
         eval_dataset=features[1],
-        callbacks=training_callbacks(folder / LOG, patience=settings.patience, on_progress=on_progress),
+        callbacks=training_callbacks(folder / LOG, settings, patience=settings.patience, on_progress=on_progress),
     )
     dev_set = DevSet(task, tokenizer, dev, features[1])
     score_on_(trainer, dev_set)

@@ -28,6 +28,7 @@ class TrainSettings:
         schedule: how it falls afterwards.
         weight_decay: of AdamW, biases and norms excepted.
         max_grad_norm: gradients are scaled down to this norm.
+        dropout: of every `nn.Dropout` of the model while it trains; None: its own.
         eval_steps: score the dev split and keep a checkpoint every so many steps; None: after every epoch.
         patience: stop after so many scores in a row that are not the best; None: never.
         bf16: multiply in bfloat16 (autocast), weights stay as they are.
@@ -43,6 +44,7 @@ class TrainSettings:
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
+    dropout: float | None = None
     seed: int = 0
     eval_steps: int | None = None
     patience: int | None = None
@@ -59,6 +61,8 @@ class TrainSettings:
                 raise OptionError(f"{name} is {value!r}; at least 1 is expected")
         if not 0 <= self.warmup < 1:
             raise OptionError(f"warmup is {self.warmup!r}; a share of the steps, from 0 to below 1, is expected")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise OptionError(f"dropout is {self.dropout!r}; a share from 0 to below 1 is expected")
         if self.weight_decay < 0 or self.seed < 0:
             raise OptionError(f"weight_decay ({self.weight_decay}) and seed ({self.seed}) cannot be negative")
         on_cuda = self.device != "cpu" and torch.cuda.is_available()

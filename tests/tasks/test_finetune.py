@@ -66,6 +66,21 @@ def test_the_best_checkpoint_is_kept_and_training_stops_when_patience_ends(
     assert found.steps == found.best_step + 2 * 6 < 20 * 9
 
 
+def test_dropout_is_another_while_it_trains(
+    encoder: pathlib.Path, reviews: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    model, seen = model_of(encoder), set()
+    dropouts = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+
+    def look(_: tasks.TrainProgress) -> None:
+        seen.update(module.p for module in dropouts)
+
+    own = [module.p for module in dropouts]
+    train(model, encoder, reviews, tmp_path / "run", dropout=0.0, epochs=1, on_progress=look)
+    assert seen == {0.0}
+    assert [module.p for module in dropouts] == own != [0.0] * len(own)
+
+
 @pytest.mark.parametrize("compressed", [False, True], ids=["dense", "compressed"])
 @pytest.mark.parametrize("stop", [9, 5], ids=["after an epoch", "within an epoch"])
 def test_a_killed_run_goes_on_bit_for_bit(
@@ -175,6 +190,7 @@ def test_malformed_data_is_found_before_training(
         ({"batch_size": 0}, "batch_size is 0; at least 1"),
         ({"warmup": 1.0}, "warmup is 1.0; a share"),
         ({"weight_decay": -0.1}, r"weight_decay \(-0.1\)"),
+        ({"dropout": 1.0}, "dropout is 1.0; a share from 0"),
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any], match: str) -> None:
