@@ -56,7 +56,7 @@ def row_gram(matrix: Tensor) -> Tensor:
     return gram
 
 
-def gram(matrix: Tensor, chunk: int = 4096) -> Tensor:
+def gram(matrix: Tensor, chunk: int = 1024) -> Tensor:
     """matrix.T @ matrix in float64, in chunks, so that the float64 copy stays small."""
     total = torch.zeros(matrix.shape[1], matrix.shape[1], dtype=torch.float64, device=matrix.device)
     for rows in matrix.split(chunk):

@@ -32,6 +32,10 @@ RANK_STEP = 1.02
 ANCHORS = (0, 0.1, 0.25, 0.5, 0.65, 0.8, 0.9, 1)
 """Shares of the highest rank that are fitted for prices; between them the gain over the SVD is interpolated (measured
 on MiniLM: within 1 % of the error of the fit)."""
+FEW_RANKS = 32
+"""Up to so many ranks of a weight are all fitted: such fits are fast, and small weights differ from rank to rank."""
+MARGIN = 1.01
+"""Added to interpolated squared errors, because the fit must not be worse than its price."""
 
 Pair = tuple[int, int]
 
@@ -131,7 +135,8 @@ class Blast(Decomposition):
     Args:
         blocks: numbers of blocks (p, q) along rows and columns; None: the largest up to 8 that divide them.
         rank: this rank everywhere; None: the budget chooses.
-        rounds: rounds of alternating least squares; 0: the SVD as it is.
+        rounds: rounds of alternating least squares; 0: the SVD as it is. A fit goes on, up to four times as long, until
+            it is as good as its price.
     """
 
     name: ClassVar[str] = "blast"
@@ -207,15 +212,18 @@ class _BlastAnalysis(Analysis):
         self._gains: dict[BlastBlocks, float] = {}
 
     def squared_errors(self, structures: Sequence[Structure]) -> list[float]:
-        lows = [LowRank(s.rows, s.cols, s.rank) for s in structures if isinstance(s, BlastBlocks)]
-        errors = self._start.squared_errors(lows)
-        gains = [self._gain(s) for s in structures if isinstance(s, BlastBlocks)]
-        return [error * gain * self._scale**2 for error, gain in zip(errors, gains, strict=True)]
+        return [self._price(structure) * self._scale**2 for structure in structures]
+
+    def _price(self, structure: Structure) -> float:
+        """Expected squared error of the scaled weight."""
+        assert isinstance(structure, BlastBlocks)
+        low = self._start.squared_errors([LowRank(structure.rows, structure.cols, structure.rank)])[0]
+        return self._gain(structure) * low
 
     def _gain(self, structure: BlastBlocks) -> float:
         """Squared error / that of the SVD of this rank, interpolated between anchors."""
         top = _top(structure.rows, structure.cols, structure.blocks)
-        if structure.rank > top:
+        if structure.rank > top or top <= FEW_RANKS or self._rounds == 0:
             return self._gain_at(structure)
         anchors = sorted({max(1, round(share * top)) for share in ANCHORS})
         above = bisect_left(anchors, structure.rank)
@@ -224,7 +232,7 @@ class _BlastAnalysis(Analysis):
             return high
         low = self._gain_at(replace(structure, rank=anchors[above - 1]))
         share = (structure.rank - anchors[above - 1]) / (anchors[above] - anchors[above - 1])
-        return low + share * (high - low)
+        return min(MARGIN * (low + share * (high - low)), 1.0)
 
     def _gain_at(self, structure: BlastBlocks) -> float:
         """The same of this very rank."""
@@ -234,15 +242,23 @@ class _BlastAnalysis(Analysis):
         return self._gains[structure]
 
     def factors(self, structure: Structure) -> dict[str, Tensor]:
-        blocks = self._fit(structure, self._rounds)
+        blocks = self._as_priced(structure)
         if self._importance is not None:  # both end in optima of their own: the plain fit can be the better one
-            plain = _BlastAnalysis(self._weight, None, self._rounds)._fit_scaled(structure)
-            blocks = min(blocks, plain, key=self._error)
+            plain = _BlastAnalysis(self._weight, None, self._rounds)
+            blocks = min(blocks, plain._unscaled(plain._as_priced(structure)), key=self._error)
         return _stored(blocks, self._scale)
 
-    def _fit_scaled(self, structure: Structure) -> Blocks:
-        """The fit to the weight as it was given."""
+    def _as_priced(self, structure: Structure) -> Blocks:
+        """The fit; where interpolation promised more, after more rounds."""
         blocks = self._fit(structure, self._rounds)
+        for rounds in (2 * self._rounds, 4 * self._rounds):
+            if self._error(blocks) <= self._price(structure):
+                break
+            blocks = self._fit(structure, rounds)
+        return blocks
+
+    def _unscaled(self, blocks: Blocks) -> Blocks:
+        """Of the weight as it was given."""
         return Blocks(blocks.left * self._scale, blocks.scales, blocks.right)
 
     def _error(self, blocks: Blocks) -> float:

@@ -217,6 +217,7 @@ class _TuckerAnalysis(Analysis):
         self._energy = squared_norm(weight)
         self._sweeps = sweeps
         self._unfoldings: dict[tuple[tuple[int, ...], int], Unfolding] = {}
+        self._rotated: Tensor | None = None
 
     def squared_errors(self, structures: Sequence[Structure]) -> list[float]:
         tuckers = [_checked(structure) for structure in structures]
@@ -249,7 +250,16 @@ class _TuckerAnalysis(Analysis):
         return _stored(s, core, bases)
 
     def _unfolded(self, modes: tuple[int, ...], axis: int) -> Tensor:
-        return self._weight.reshape(modes).movedim(axis, 0).flatten(1)
+        tensor = self._weight.reshape(modes)
+        if axis > 1 and modes[0] == 1 and modes[1] > self._weight.shape[1]:
+            tensor = self._short().view(1, -1, *modes[2:])
+        return tensor.movedim(axis, 0).flatten(1)
+
+    def _short(self) -> Tensor:
+        """(cols, cols): the weight with its many rows rotated into as few, which the columns' unfoldings do not see."""
+        if self._rotated is None:
+            self._rotated = Unfolding(self._weight).coordinates(self._weight, self._weight.shape[1])
+        return self._rotated
 
     def _unfolding(self, modes: tuple[int, ...], axis: int, leading: int = 0) -> Unfolding:
         """Of an axis, sound in at least so many leading components: the one at hand where it is."""

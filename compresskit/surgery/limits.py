@@ -106,3 +106,11 @@ def four_digits_down(ratio: float) -> float:
     """Rounded down, so that what an error says can be reached."""
     digits: float = 10 ** (3 - math.floor(math.log10(ratio)))
     return math.floor(ratio * digits) / digits
+
+
+def shortest_ratio(total: int, left: int) -> float:
+    """The ratio with the fewest digits that leaves so many of all parameters: most likely the one that was asked."""
+    if left < 1:
+        return math.inf
+    ratios = (float(f"{total / left:.{digits}g}") for digits in range(1, 17))
+    return next((ratio for ratio in ratios if ratio and math.floor(total / ratio) == left), total / left)

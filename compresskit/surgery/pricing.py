@@ -16,7 +16,15 @@ from compresskit.errors import BudgetError
 from compresskit.surgery.alternatives import Fronts, best_within, fronts_of, undominated
 from compresskit.surgery.budget import Choice, TimeLimitError, least_time_ns, solve
 from compresskit.surgery.front import front_of
-from compresskit.surgery.limits import Limits, check_sensitivities, choice_of, four_digits_down, limits_of, thinned
+from compresskit.surgery.limits import (
+    Limits,
+    check_sensitivities,
+    choice_of,
+    four_digits_down,
+    limits_of,
+    shortest_ratio,
+    thinned,
+)
 from compresskit.surgery.parallel import map_in_threads
 from compresskit.surgery.plan import FrontPoint, Plan, PlannedSite, runs_slower
 from compresskit.surgery.rules import Assignment
@@ -206,11 +214,10 @@ def _refuse_unreachable(
         for name, n in least.items()
     ]
     biggest = "; ".join(f"{name} {n:,} ({reason})" for n, name, reason in sorted(holders, reverse=True)[:4])
-    asked = num_params / max_params if max_params else math.inf
     raise BudgetError(
-        f"ratio {asked:.4g} leaves {max_params:,} of {num_params:,} parameters; the highest ratio that these rules "
-        f"reach is {four_digits_down(num_params / floor):.4g} ({floor:,} parameters, {rest:,} of them in "
-        f"what no rule touches). Most is held by: {biggest}"
+        f"ratio {shortest_ratio(num_params, max_params):.6g} leaves {max_params:,} of {num_params:,} parameters; the "
+        f"highest ratio that these rules reach is {four_digits_down(num_params / floor):.4g} ({floor:,} parameters, "
+        f"{rest:,} of them in what no rule touches). Most is held by: {biggest}"
     )
 
 
