@@ -1,6 +1,7 @@
 """Names, contracts and plug-ins: what may be registered, what is found, and what a wrong name is answered with."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import shutil
@@ -19,6 +20,7 @@ from compresskit.decompositions.kronecker import Kronecker
 from compresskit.decompositions.svd import SVD, LowRank
 from compresskit.errors import OptionError, UnknownNameError
 from tests.core.toy import Toy, ToyDecomposition
+from tests.models import build
 
 PACKAGE = pathlib.Path(compresskit.__file__).parent
 TOY = (pathlib.Path(__file__).parent / "toy.py").read_text()
@@ -198,3 +200,24 @@ def test_one_file_dropped_into_the_package_is_a_decomposition(tmp_path):
     path, *names = run_python(code, tmp_path).split()
     assert pathlib.Path(path).parent == copied
     assert set(names) == {*decompositions(), "toy"}
+
+
+def test_the_command_line_knows_a_dropped_file_and_its_options(tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / "compresskit", ignore=shutil.ignore_patterns("__pycache__"))
+    ours = "analysis: ClassVar[type[ToyAnalysis]] = ToyAnalysis\n"
+    ranks = "rows * cols // (rows + cols) + 1"
+    text = REGISTERED_TOY.replace(ours, f"{ours}    most: int = 99\n").replace(ranks, f"min(self.most + 1, {ranks})")
+    (tmp_path / "compresskit" / "decompositions" / "toy.py").write_text(text)
+    build("bert").save_pretrained(tmp_path / "model")
+
+    def command(*arguments):
+        code = f"import sys; sys.argv[1:] = {list(arguments)!r}; from compresskit_cli.app import main; main()"
+        return json.loads(run_python(code, tmp_path, PACKAGE.parent))
+
+    (shown,) = [method for method in command("methods", "--json") if method["name"] == "toy"]
+    assert shown["options"] == {"most": {"type": "integer", "default": "99"}}
+    asked = ("compress", "model", "-m", "toy", "--ratio", "2", "--output", "small", "--json")
+    report = command(*asked, "--set", "most=3")
+    assert report["ratio"] >= 2
+    assert {site["structure"] for site in report["sites"]} <= {f"toy(rank={rank})" for rank in (1, 2, 3)}
+    assert command("inspect", "small", "--json")["ratio"] == report["ratio"]
