@@ -24,6 +24,7 @@ class CorpusDistill(Experiment):
         method, ratio: of compresskit; `small-dense`: fewer and narrower layers, as the preset of this name makes them,
             measured with the learned projection of its embeddings (losses with `projection=linear`).
         options: of the method, or values of the preset, as `key=value key=value`.
+        rules: `pattern=method`, which come before the method.
         part: `model`: the ratio is that of the whole model; `encoder`: only the encoder is compressed and trained, and
             the ratio is its own.
         calibration: fit to what the layers see on so many of the texts; 0: to the weights alone.
@@ -58,6 +59,11 @@ class CorpusDistill(Experiment):
     schedule: str = "linear"
     dtype: str = "float32"
     eval_steps: int = 100
+    rules: tuple[str, ...] = ()
+
+    def configuration(self) -> dict[str, Any]:
+        """Rules came later: where there are none, results from before them stay current."""
+        return {key: value for key, value in super().configuration().items() if key != "rules" or value}
 
     def run(self, data: Path | None) -> Outcome:
         with TemporaryDirectory() as work:
@@ -115,12 +121,14 @@ class CorpusDistill(Experiment):
         method = compresskit.decomposition(self.method, _pairs(self.options.split()))
         student = copy.deepcopy(dense)
         seen = None if not self.calibration else calibrate(dense, rows, samples=self.calibration, seed=self.seed)
+        rules = [tuple(rule.split("=", 1)) for rule in self.rules]
         if self.part == "model":
-            report = compresskit.compress(student, method, ratio=self.ratio, calibration=seen)
+            report = compresskit.compress(student, method, ratio=self.ratio, rules=rules, calibration=seen)
         else:
             body = sum(p.numel() for p in student.encoder.parameters())
             params = int(params_before - body + body / self.ratio)
-            report = compresskit.compress(student, method, params=params, include="encoder.*", calibration=seen)
+            wanted = {"params": params, "include": "encoder.*"}
+            report = compresskit.compress(student, method, rules=rules, calibration=seen, **wanted)
             student.embeddings.requires_grad_(False)
         said = report.to_json()
         return student, {name: said[name] for name in REPORTED}
@@ -143,7 +151,9 @@ class CorpusDistill(Experiment):
     def row(cls, configuration: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[str, str]:
         report, training = figures["report"], figures["training"]
         cells = {
-            "method": " ".join([configuration["method"], *configuration["options"].split()]),
+            "method": " ".join(
+                [configuration["method"], *configuration["options"].split(), *configuration.get("rules", ())]
+            ),
             "ratio": f"{configuration['ratio']:g} ({configuration['part']})",
             "fitted to": f"{configuration['calibration']} texts" if configuration["calibration"] else "weights",
             "parameters": f"{report['params_after']:,}",

@@ -109,3 +109,12 @@ def test_what_cannot_run_says_why(options, error, message, tmp_path):
     base = {"kind": "corpus-distill", "method": "svd", "ratio": 2, "model": "tiny", "held_out": 4}
     with pytest.raises(error, match=message):
         make_experiment({**base, **options}).run_in(None, tmp_path)
+
+
+def test_rules_are_part_of_what_is_measured_where_there_are_any():
+    asked = {"kind": "corpus-distill", "method": "svd", "ratio": 2.0}
+    without, ruled = make_experiment(asked), make_experiment({**asked, "rules": ["*embeddings*=kronecker"]})
+    assert "rules" not in without.configuration()
+    assert ruled.configuration()["rules"] == ["*embeddings*=kronecker"]
+    assert make_experiment(ruled.configuration()) == ruled
+    assert without.key() != ruled.key()
