@@ -56,8 +56,8 @@ class Measure:
 
     @torch.inference_mode()
     def __call__(self, model: nn.Module, projection: nn.Module | None = None) -> dict[str, float]:
-        """STS-B dev Spearman, and on the held-out texts, where hidden sizes are equal: the squared error of the last
-        hidden states relative to the squares of the dense ones; the agreement of the embeddings with the dense ones.
+        """STS-B dev Spearman; on the held-out texts, where embeddings are as long, their agreement with the dense ones;
+        without a projection also the squared error of the last hidden states relative to the squares of the dense ones.
 
         Args:
             projection: of the last hidden states to the dense model's size.
@@ -68,7 +68,8 @@ class Measure:
         embedded = torch.cat([_pooled(*state) for state in states])
         found = {} if self._sts_b is None else {"sts_b": self._sts_b.spearman(encoder, self._tokenizer)}
         if embedded.shape == self._embedded.shape:
-            found["hidden_error"] = _relative_error([s for s, _ in states], self._dense)
+            if projection is None:  # one that was learned for directions alone says nothing of states
+                found["hidden_error"] = _relative_error([s for s, _ in states], self._dense)
             found |= agreement(embedded, self._embedded)
         model.train(training)
         return found

@@ -13,14 +13,16 @@ def row(result):
     configuration, figures = result["configuration"], result["figures"]
     part = {"model": "whole model", "encoder": "encoder alone"}[configuration["part"]]
     scores = [figures[when]["sts_b"] for when in ("before", "after")]
+    rules = "".join(f", {rule}" for rule in configuration.get("rules", ()))
+    projected = figures["training"]["projection_params"] > 0  # its states have another size
     cells = [
         f"{part}, {configuration['ratio']:g}",
-        configuration["method"] + (", data-aware" if configuration["calibration"] else ""),
+        configuration["method"] + rules + (", data-aware" if configuration["calibration"] else ""),
         f"{figures['report']['params_after']:,}",
         f"{figures['training']['steps']:,}",
         *(f"{score:.3f}" for score in scores),
         f"{scores[1] / figures['dense']['sts_b']:.1%}",
-        f"{figures['after']['hidden_error']:.3f}",
+        "-" if projected else f"{figures['after']['hidden_error']:.3f}",
     ]
     return f"| {' | '.join(cells)} |"
 
