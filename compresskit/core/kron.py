@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compresskit.core.autograd import narrow, with_signature
 from compresskit.errors import StructureError
 
 PART_BYTES = 4 * 2**20
@@ -77,8 +78,8 @@ def kron_linear(x: Tensor, small: Tensor, wide: Tensor, bias: Tensor | None, for
     if not shape or shape[-1] != cols:
         raise StructureError(f"this product takes (..., {cols}) and got {tuple(shape)}: the last sizes must agree")
     if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
-        x, small, wide = _narrow(x), _narrow(small), _narrow(wide)
-        bias = None if bias is None else _narrow(bias)
+        x, small, wide = narrow(x), narrow(small), narrow(wide)
+        bias = None if bias is None else narrow(bias)
     if not x.is_contiguous():
         x = x.contiguous()
     if form.rows == form.p * form.r:
@@ -96,11 +97,6 @@ def swaps(form: KronForm) -> tuple[bool, bool]:
     if form.wide_first:
         return form.q > 1, form.p > 1 and form.p < LEAST_WRITTEN * form.q * form.terms
     return form.q < LEAST_READ, form.p > 1
-
-
-def _narrow(tensor: Tensor) -> Tensor:
-    """The tensor as autocast would hand it to a matrix product."""
-    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
 def _product(x: Tensor, small: Tensor, wide: Tensor, bias: Tensor | None, form: KronForm) -> Tensor:
@@ -214,6 +210,7 @@ def _swap(x: Tensor, a: int, b: int) -> Tensor:
     return F.channel_shuffle(pixels, a).permute(0, 2, 3, 1).reshape(x.shape).contiguous()
 
 
+@with_signature
 class _KronLinear(torch.autograd.Function):
     """`_parts` with a backward pass that costs two wide products, as a dense layer's does, and one more if p > q.
 

@@ -18,6 +18,7 @@ class FactorizedModule(nn.Module):
 
     def __init__(self, structure: Structure) -> None:
         super().__init__()
+        structure.prepare()
         self.structure = structure
         self._factor_names = tuple(structure.factor_specs())  # asked for in every forward
 

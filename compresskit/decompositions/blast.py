@@ -10,6 +10,7 @@ SVD (`core.blockfit`).
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar, final
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compresskit.core.blockfit import Blocks, refine
+from compresskit.core.chain import Chain, Step
 from compresskit.core.cost import Gemm, Operation, Pass
 from compresskit.core.decomposition import Analysis, Decomposition
 from compresskit.core.importance import Importance, Moment
@@ -81,14 +83,13 @@ class BlastBlocks(Structure):
     def dense(self, factors: Mapping[str, Tensor]) -> Tensor:
         return Blocks(factors["left"], factors["scales"].permute(1, 2, 0), factors["right"].mT).dense()
 
+    @cached_property
+    def _chain(self) -> Chain:
+        (p, q, m, n), rank = self._sizes, self.rank
+        return Chain(self.cols, (_Right("right", q, rank, n), _Couple("scales", p, q, rank), _Left("left", p, rank, m)))
+
     def matmul(self, x: Tensor, factors: Mapping[str, Factor], bias: Tensor | None = None) -> Tensor:
-        p, q, m, n = self._sizes
-        left, scales, right = (tensor_of(factors[name]) for name in ("left", "scales", "right"))
-        grid = x.unflatten(-1, (q, n)).reshape(-1, q, n)
-        inner = torch.bmm(right, grid.permute(1, 2, 0))  # (q, rank, tokens)
-        inner = torch.bmm(scales, inner.transpose(0, 1)).permute(1, 2, 0)  # (p, tokens, rank)
-        y = torch.bmm(inner, left.mT) if bias is None else torch.baddbmm(bias.view(p, 1, m), inner, left.mT)
-        return y.transpose(0, 1).reshape(*x.shape[:-1], self.rows)
+        return self._chain.run(x, factors, bias)
 
     def take_rows(self, index: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
         """rank * cols multiply-adds per row, as with SVD, and q * rank for the coupling."""
@@ -124,6 +125,95 @@ class BlastBlocks(Structure):
             Gemm(tokens, n, self.rank, batch=q),
             Pass(2 * tokens * self.cols),
         )
+
+
+@final
+@dataclass(frozen=True)
+class _Right(Step):
+    """x (..., q * n) -> (q, rank, tokens): right (q, rank, n)."""
+
+    q: int
+    rank: int
+    n: int
+
+    @property
+    def numbers(self) -> int:
+        return self.q * self.rank
+
+    @property
+    def macs(self) -> int:
+        return self.numbers * self.n
+
+    def run(self, x: Tensor, factor: Factor, bias: Tensor | None = None) -> Tensor:
+        return torch.bmm(tensor_of(factor), self._blocks(x).mT)
+
+    def input_grad(self, grad: Tensor, factor: Tensor) -> Tensor:
+        return torch.bmm(grad.mT, factor).transpose(0, 1).reshape(-1, self.q * self.n)
+
+    def factor_grad(self, grad: Tensor, x: Tensor) -> Tensor:
+        return torch.bmm(grad, self._blocks(x))
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, self.q, self.n).transpose(0, 1)  # (q, tokens, n)
+
+
+@final
+@dataclass(frozen=True)
+class _Couple(Step):
+    """(q, rank, tokens) -> (rank, p, tokens): scales (rank, p, q)."""
+
+    p: int
+    q: int
+    rank: int
+
+    @property
+    def numbers(self) -> int:
+        return self.p * self.rank
+
+    @property
+    def macs(self) -> int:
+        return self.numbers * self.q
+
+    def run(self, x: Tensor, factor: Factor, bias: Tensor | None = None) -> Tensor:
+        return torch.bmm(tensor_of(factor), x.transpose(0, 1))
+
+    def input_grad(self, grad: Tensor, factor: Tensor) -> Tensor:
+        return torch.bmm(factor.mT, grad).transpose(0, 1)
+
+    def factor_grad(self, grad: Tensor, x: Tensor) -> Tensor:
+        return torch.bmm(grad, x.permute(1, 2, 0))
+
+
+@final
+@dataclass(frozen=True)
+class _Left(Step):
+    """(rank, p, tokens) -> (tokens, p * m): left (p, m, rank)."""
+
+    p: int
+    rank: int
+    m: int
+
+    @property
+    def numbers(self) -> int:
+        return self.p * self.m
+
+    @property
+    def macs(self) -> int:
+        return self.numbers * self.rank
+
+    def run(self, x: Tensor, factor: Factor, bias: Tensor | None = None) -> Tensor:
+        x, left = x.permute(1, 2, 0), tensor_of(factor).mT
+        y = torch.bmm(x, left) if bias is None else torch.baddbmm(bias.view(self.p, 1, self.m), x, left)
+        return y.transpose(0, 1).reshape(-1, self.p * self.m)
+
+    def input_grad(self, grad: Tensor, factor: Tensor) -> Tensor:
+        return torch.bmm(factor.mT, self._rows(grad).mT).transpose(0, 1)
+
+    def factor_grad(self, grad: Tensor, x: Tensor) -> Tensor:
+        return torch.bmm(self._rows(grad).mT, x.permute(1, 2, 0))
+
+    def _rows(self, grad: Tensor) -> Tensor:
+        return grad.reshape(-1, self.p, self.m).transpose(0, 1)  # (p, tokens, m)
 
 
 @register

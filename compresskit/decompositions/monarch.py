@@ -12,12 +12,14 @@ different blocks' errors included, prices every rank exactly.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compresskit.core.chain import Chain, LastAxis, Step
 from compresskit.core.cost import Gemm, Operation, Pass
 from compresskit.core.decomposition import Analysis, Decomposition
 from compresskit.core.importance import Importance, Moment
@@ -85,21 +87,15 @@ class MonarchBlocks(Structure):
         right = factors["right"].view(q, p, self.rank, n).transpose(0, 1)
         return torch.matmul(left, right).transpose(1, 2).reshape(self.rows, self.cols)
 
+    @cached_property
+    def _chain(self) -> Chain:
+        (p, q, m, n), rank = self._sizes, self.rank
+        right = LastAxis("right", 1, n, p * rank) if q == 1 else _Right("right", p, q, rank, n)
+        left = LastAxis("left", 1, q * rank, m) if p == 1 and q == 1 else _Left("left", p, q, rank, m)
+        return Chain(self.cols, (right, left))
+
     def matmul(self, x: Tensor, factors: Mapping[str, Factor], bias: Tensor | None = None) -> Tensor:
-        p, q, m, n = self._sizes
-        if q == 1:
-            inner = linear(x, factors["right"]).unflatten(-1, (p, 1, self.rank)).reshape(-1, p, 1, self.rank)
-        else:
-            grid = x.unflatten(-1, (q, n)).reshape(-1, q, n).transpose(0, 1)
-            inner = torch.bmm(grid, tensor_of(factors["right"]).mT).unflatten(
-                -1, (p, self.rank)
-            )  # (q, tokens, p, rank)
-            inner = inner.permute(1, 2, 0, 3)
-        if p == 1:
-            return linear(inner.reshape(*x.shape[:-1], q * self.rank), factors["left"], bias)
-        inner, left = inner.flatten(2).transpose(0, 1), tensor_of(factors["left"]).mT  # (p, tokens, q * rank)
-        y = torch.bmm(inner, left) if bias is None else torch.baddbmm(bias.view(p, 1, m), inner, left)
-        return y.transpose(0, 1).reshape(*x.shape[:-1], self.rows)
+        return self._chain.run(x, factors, bias)
 
     def take_rows(self, index: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
         """p * rank * cols multiply-adds per row: those of the other blocks of rows are multiplied by zero."""
@@ -124,6 +120,84 @@ class MonarchBlocks(Structure):
         last = [Pass(2 * tokens * self.rows)] if p > 1 else []
         products = Gemm(tokens, p * self.rank, n, batch=q), Gemm(tokens, m, q * self.rank, batch=p)
         return (products[0], *middle, products[1], *last)
+
+
+@final
+@dataclass(frozen=True)
+class _Right(Step):
+    """x (..., q * n) -> (q, tokens, p * rank): block j of columns times its own factor, right (q, p * rank, n)."""
+
+    p: int
+    q: int
+    rank: int
+    n: int
+
+    @property
+    def numbers(self) -> int:
+        return self.q * self.p * self.rank
+
+    @property
+    def macs(self) -> int:
+        return self.numbers * self.n
+
+    def run(self, x: Tensor, factor: Factor, bias: Tensor | None = None) -> Tensor:
+        return torch.bmm(self._blocks(x), tensor_of(factor).mT)
+
+    def input_grad(self, grad: Tensor, factor: Tensor) -> Tensor:
+        return torch.bmm(grad, factor).transpose(0, 1).reshape(-1, self.q * self.n)
+
+    def factor_grad(self, grad: Tensor, x: Tensor) -> Tensor:
+        return torch.bmm(grad.mT, self._blocks(x))
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, self.q, self.n).transpose(0, 1)
+
+
+@final
+@dataclass(frozen=True)
+class _Left(Step):
+    """(q, tokens, p * rank), or (..., p * rank) if q is 1 -> (tokens, p * m).
+
+    The factor, left, is (p, m, q * rank), or (m, q * rank) if p is 1.
+    """
+
+    p: int
+    q: int
+    rank: int
+    m: int
+
+    @property
+    def numbers(self) -> int:
+        return self.p * self.m
+
+    @property
+    def macs(self) -> int:
+        return self.numbers * self.q * self.rank
+
+    def run(self, x: Tensor, factor: Factor, bias: Tensor | None = None) -> Tensor:
+        if self.p == 1:
+            return linear(self._blocks(x)[0], factor, bias)
+        blocks, left = self._blocks(x), tensor_of(factor).mT
+        y = torch.bmm(blocks, left) if bias is None else torch.baddbmm(bias.view(self.p, 1, self.m), blocks, left)
+        return y.transpose(0, 1).reshape(-1, self.p * self.m)
+
+    def input_grad(self, grad: Tensor, factor: Tensor) -> Tensor:
+        blocks = torch.bmm(self._rows(grad), factor.view(self.p, self.m, -1))  # (p, tokens, q * rank)
+        grid = blocks.reshape(self.p, -1, self.q, self.rank).permute(2, 1, 0, 3)  # (q, tokens, p, rank)
+        flat = grid.reshape(self.q, -1, self.p * self.rank)
+        return flat[0] if self.q == 1 else flat
+
+    def factor_grad(self, grad: Tensor, x: Tensor) -> Tensor:
+        found = torch.bmm(self._rows(grad).mT, self._blocks(x))
+        return found[0] if self.p == 1 else found
+
+    def _rows(self, grad: Tensor) -> Tensor:
+        return grad.reshape(-1, self.p, self.m).transpose(0, 1)
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        """(p, tokens, q * rank)."""
+        grid = x.reshape(self.q, -1, self.p, self.rank).permute(2, 1, 0, 3)  # (p, tokens, q, rank)
+        return grid.reshape(self.p, -1, self.q * self.rank)
 
 
 @register

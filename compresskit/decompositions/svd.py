@@ -9,18 +9,20 @@ projected on the leading left vectors of R^1/2 W C^1/2, so an input that no samp
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compresskit.core.chain import Chain, LastAxis
 from compresskit.core.cost import Gemm, Operation
 from compresskit.core.decomposition import Analysis, Decomposition, squared_norm
 from compresskit.core.folding import SINGLE_TAIL, gram, row_gram
 from compresskit.core.importance import Importance, Metric, Moment
 from compresskit.core.registry import register
-from compresskit.core.structure import Factor, Structure, TensorSpec, linear
+from compresskit.core.structure import Factor, Structure, TensorSpec
 from compresskit.errors import OptionError, StructureError
 
 EXACT_SIDE = 2048
@@ -55,8 +57,12 @@ class LowRank(Structure):
     def dense(self, factors: Mapping[str, Tensor]) -> Tensor:
         return factors["left"] @ factors["right"]
 
+    @cached_property
+    def _chain(self) -> Chain:
+        return Chain(self.cols, (LastAxis("right", 1, self.cols, self.rank), LastAxis("left", 1, self.rank, self.rows)))
+
     def matmul(self, x: Tensor, factors: Mapping[str, Factor], bias: Tensor | None = None) -> Tensor:
-        return linear(linear(x, factors["right"]), factors["left"], bias)
+        return self._chain.run(x, factors, bias)
 
     def take_rows(self, index: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
         """rank * cols multiply-adds per row (`lookup_macs`), where a dense one copies cols numbers: a matrix product.

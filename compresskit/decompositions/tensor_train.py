@@ -8,18 +8,19 @@ left @ right as truncated SVD does, the outer ranks cut these two further.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compresskit.core.chain import Chain, FirstAxis, LastAxis
 from compresskit.core.cost import Gemm, Operation, Pass
 from compresskit.core.decomposition import Analysis, Decomposition
 from compresskit.core.folding import Unfolding, balanced_factors, rank_triples
-from compresskit.core.mixing import mix
 from compresskit.core.registry import register
-from compresskit.core.structure import Factor, Structure, TensorSpec, linear, tensor_of
+from compresskit.core.structure import Factor, Structure, TensorSpec
 from compresskit.errors import OptionError, StructureError
 
 WIDTH = 4
@@ -70,14 +71,16 @@ class TrainCores(Structure):
             left = factors["first"] @ left.view(self.ranks[0], -1)  # (r1, r2 * s2)
         return self._expand_cols(left.reshape(self.rows, -1), factors)
 
+    @cached_property
+    def _chain(self) -> Chain:
+        (r1, r2), (c1, c2), (s1, s2, s3) = self.row_modes, self.col_modes, self.ranks
+        last = (LastAxis("last", c1, c2, s3),) if s3 < c2 else ()
+        first = (FirstAxis("first", s1, r1, r2),) if s1 < r1 else ()
+        middle = LastAxis("right", 1, c1 * s3, s2), LastAxis("left", 1, s2, s1 * r2)
+        return Chain(self.cols, (*last, *middle, *first))
+
     def matmul(self, x: Tensor, factors: Mapping[str, Factor], bias: Tensor | None = None) -> Tensor:
-        if "last" in factors:
-            x = linear(x.unflatten(-1, self.col_modes), factors["last"]).flatten(-2)  # (..., c1 * s3)
-        z = linear(x, factors["right"])  # (..., s2)
-        if "first" not in factors:
-            return linear(z, factors["left"], bias)
-        grid = linear(z, factors["left"]).unflatten(-1, (self.ranks[0], self.row_modes[1]))
-        return mix(tensor_of(factors["first"]), grid, bias)  # (..., r1 * r2)
+        return self._chain.run(x, factors, bias)
 
     def take_rows(self, index: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
         left, s1, r2 = factors["left"], self.ranks[0], self.row_modes[1]

@@ -11,19 +11,21 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compresskit.core.chain import Chain, LastAxis
 from compresskit.core.cost import Gemm, Operation
 from compresskit.core.decomposition import Analysis, Decomposition, squared_norm
 from compresskit.core.folding import Unfolding, balanced_factors, rank_triples
 from compresskit.core.importance import Importance, Metric
-from compresskit.core.mixing import mix_both, mix_operations, mix_orders
+from compresskit.core.mixing import mix_both, mix_operations, mix_orders, mix_steps
 from compresskit.core.registry import register
-from compresskit.core.structure import Factor, Structure, TensorSpec, linear
+from compresskit.core.structure import Factor, Structure, TensorSpec
 from compresskit.core.tucker_als import FoldedTucker
 from compresskit.errors import OptionError, StructureError
 
@@ -88,12 +90,14 @@ class TuckerTensor(Structure):
         )
         return self._expand_cols(columns.T, factors)
 
+    @cached_property
+    def _chain(self) -> Chain:
+        core = LastAxis("core", 1, math.prod(self.col_ranks), math.prod(self.row_ranks))
+        before = mix_steps(self.col_modes, self.col_ranks, "col_first", "col_last")
+        return Chain(self.cols, (*before, core, *mix_steps(self.row_ranks, self.row_modes, "row_first", "row_last")))
+
     def matmul(self, x: Tensor, factors: Mapping[str, Factor], bias: Tensor | None = None) -> Tensor:
-        z = mix_both(x, self.col_modes, self.col_ranks, factors.get("col_first"), factors.get("col_last"))
-        if self.row_ranks == self.row_modes:
-            return linear(z, factors["core"], bias)
-        z = linear(z, factors["core"])
-        return mix_both(z, self.row_ranks, self.row_modes, factors.get("row_first"), factors.get("row_last"), bias)
+        return self._chain.run(x, factors, bias)
 
     def take_rows(self, index: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
         return self._expand_cols(self._core_rows(index, factors), factors)
