@@ -77,7 +77,7 @@ class LastAxis(Step):
     def run(self, x: Tensor, factor: Factor, bias: Tensor | None = None) -> Tensor:
         if self.groups == 1:
             return linear(x, factor, bias)
-        y = linear(x.unflatten(-1, (self.groups, self.ins)), factor).flatten(-2)
+        y = linear(x.reshape(*x.shape[:-1], self.groups, self.ins), factor).flatten(-2)
         return y if bias is None else y + bias.to(y.dtype)  # under autocast y is narrower
 
     def input_grad(self, grad: Tensor, factor: Tensor) -> Tensor:
@@ -110,12 +110,14 @@ class FirstAxis(Step):
         return self.ins * self.outs * self.width
 
     def run(self, x: Tensor, factor: Factor, bias: Tensor | None = None) -> Tensor:
+        small, plane = tensor_of(factor), None if bias is None else bias.view(self.outs, self.width)
+        if not torch.compiler.is_compiling() and x.numel() == self.ins * self.width:  # one token: fewer calls
+            grid = x.reshape(self.ins, self.width)
+            y = torch.mm(small, grid) if plane is None else torch.addmm(plane, small, grid)
+            return y.view(*x.shape[:-1], self.numbers)
         grids = x.reshape(-1, self.ins, self.width)
-        factors = tensor_of(factor).expand(grids.shape[0], self.outs, self.ins)
-        if bias is None:
-            y = torch.bmm(factors, grids)
-        else:
-            y = torch.baddbmm(bias.view(self.outs, self.width), factors, grids)
+        smalls = small.expand(grids.shape[0], self.outs, self.ins)
+        y = torch.bmm(smalls, grids) if plane is None else torch.baddbmm(plane, smalls, grids)
         return y.view(*x.shape[:-1], self.numbers)
 
     def input_grad(self, grad: Tensor, factor: Tensor) -> Tensor:

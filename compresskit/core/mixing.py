@@ -1,23 +1,20 @@
-"""Multiplication of one axis in the middle of an activation, as small products of one batch, and of two axes."""
-
-from torch import Tensor
+"""A Kronecker product of two small factors on the last axis, as steps of a chain."""
 
 from compresskit.core.chain import FirstAxis, LastAxis, Step
 from compresskit.core.cost import Gemm, Operation, Pass
-from compresskit.core.structure import Factor
 
 Pair = tuple[int, int]
 
 
 def mix_orders(ins: Pair, outs: Pair) -> Pair:
-    """Multiply-adds of `mix_both`: last mode before the first one, and after it."""
+    """Multiply-adds of `mix_steps`: last mode before the first one, and after it."""
     (i1, i2), (o1, o2) = ins, outs
     first, last = i1 != o1, i2 != o2
     return i1 * o2 * (i2 * last + o1 * first), o1 * i2 * (i1 * first + o2 * last)
 
 
 def mix_operations(ins: Pair, outs: Pair, tokens: int) -> list[Operation]:
-    """What `mix_both` does, a bias as a pass of its own."""
+    """What `mix_steps` does, a bias as a pass of its own."""
     (i1, i2), (o1, o2) = ins, outs
     if ins == outs:
         return []
@@ -38,12 +35,3 @@ def mix_steps(ins: Pair, outs: Pair, first: str, last: str) -> tuple[Step, ...]:
     by_first = [FirstAxis(first, i1, o1, i2 if first_goes_first else o2)] if i1 != o1 else []
     by_last = [LastAxis(last, o1 if first_goes_first else i1, i2, o2)] if i2 != o2 else []
     return (*by_first, *by_last) if first_goes_first else (*by_last, *by_first)
-
-
-def mix_both(x: Tensor, ins: Pair, outs: Pair, first: Factor | None, last: Factor | None) -> Tensor:
-    """(first (x) last) on the last axis, in the cheaper order: (..., product of ins) -> (..., product of outs)."""
-    for step in mix_steps(ins, outs, "first", "last"):
-        factor = first if step.factor == "first" else last
-        assert factor is not None
-        x = step.run(x, factor)
-    return x

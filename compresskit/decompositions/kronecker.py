@@ -15,7 +15,6 @@ from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from compresskit.core.cost import Gemm, Operation, Pass
 from compresskit.core.decomposition import Analysis, Decomposition, squared_norm
@@ -166,26 +165,35 @@ class KroneckerSum(Structure):
         return linear(z.unflatten(-2, (p, k)).flatten(-2), factors["wide"])  # (..., p, r)
 
     def take_rows(self, index: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
-        """O(cols * terms) per row: one row of each factor is read, never a factor.
-
-        Measured (30522 x 768, one term with p = 1, against the dense lookup): 1.5 x its time at 128 tokens, 3 x at 4096
-        and at 1, where the five small operations instead of one count (`python -m benchmarks run layers`).
-        """
+        """O(cols * terms) per row: one row of each factor is read, never a factor."""
         (p, q), k = self.small, self.terms
+        if p == 1:
+            return self._take_wide_rows(index, factors)
         small_index, wide_index = self._factor_rows(index)
-        table = factors["small"].view(p, -1)
-        row = table[0] if p == 1 else F.embedding(small_index, table)
+        row = torch.embedding(factors["small"].view(p, -1), small_index)
         small = row.unflatten(-1, (q, k)) if self.wide_first else row.unflatten(-1, (k, q)).mT  # (..., q, terms)
         wide = self._wide_rows(wide_index, factors["wide"])  # (..., terms, s)
         before, after = (small, wide) if self.small_left else (wide.mT, small.mT)
         grid: Tensor = before * after if k == 1 else torch.matmul(before, after)  # (..., q, s) or (..., s, q)
         return grid.flatten(-2)
 
+    def _take_wide_rows(self, index: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
+        """The same with one small row for all: each operation counts at few tokens, and each pass at many."""
+        (_, q), (_, s), k = self.small, self.wide, self.terms
+        small, wide = factors["small"], factors["wide"]
+        if k == 1:
+            row = torch.embedding(wide, index)
+            grid = small.view(q, 1) * row.unsqueeze(-2) if self.small_left else row.unsqueeze(-1) * small.view(q)
+            return grid.flatten(-2)
+        small = small.view(q, k) if self.wide_first else small.view(k, q).t()  # (q, terms)
+        rows = self._wide_rows(index, wide).reshape(-1, k, s)
+        smalls = small.expand(rows.shape[0], q, k)
+        grid = torch.bmm(smalls, rows) if self.small_left else torch.bmm(rows.mT, smalls.mT)
+        return grid.view(*index.shape, self.cols)
+
     def _factor_rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of the small and of the wide factor that make up rows of W."""
         p, r = self.small[0], self.wide[0]
-        if p == 1:
-            return index, index  # there is one small row
         small, wide = (index // r, index % r) if self.small_left else (index % p, index // p)
         if p * r != self.rows:  # a padded row does not exist either: let the lookup refuse it
             small = small.masked_fill(index >= self.rows, p)
@@ -195,8 +203,8 @@ class KroneckerSum(Structure):
         """One row of each term: (...) -> (..., terms, s)."""
         (r, s), k = self.wide, self.terms
         if self.wide_first and k > 1:
-            return torch.stack([F.embedding(index, term) for term in wide.view(k, r, s)], -2)
-        rows: Tensor = F.embedding(index, wide).unflatten(-1, (k, s))
+            return torch.stack([torch.embedding(term, index) for term in wide.view(k, r, s)], -2)
+        rows: Tensor = torch.embedding(wide, index).view(*index.shape, k, s)
         return rows
 
 

@@ -14,7 +14,6 @@ from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from compresskit.core.chain import Chain, LastAxis
 from compresskit.core.cost import Gemm, Operation
@@ -67,10 +66,10 @@ class LowRank(Structure):
     def take_rows(self, index: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
         """rank * cols multiply-adds per row (`lookup_macs`), where a dense one copies cols numbers: a matrix product.
 
-        Measured (30522 x 768, ranks 39 and 93, against the dense lookup): 2 and 3 to 5 x its time at 4096 tokens, 7 and
-        11 x at 128; Kronecker embeddings (O(cols) per row) are the ones to choose where lookups count.
+        At a rank of about a hundred that takes longer than twice the dense lookup, whoever multiplies (the `floor` in
+        `python -m benchmarks report layers`); where lookups count, Kronecker embeddings (O(cols) per row) are cheaper.
         """
-        return F.embedding(index, factors["left"]) @ factors["right"]
+        return torch.embedding(factors["left"], index) @ factors["right"]
 
     @property
     def macs(self) -> int:

@@ -13,7 +13,6 @@ from typing import ClassVar, final
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from compresskit.core.chain import Chain, FirstAxis, LastAxis
 from compresskit.core.cost import Gemm, Operation, Pass
@@ -85,10 +84,10 @@ class TrainCores(Structure):
     def take_rows(self, index: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
         left, s1, r2 = factors["left"], self.ranks[0], self.row_modes[1]
         if "first" not in factors:
-            return self._expand_cols(F.embedding(index, left), factors)
+            return self._expand_cols(torch.embedding(left, index), factors)
         steps = torch.arange(s1, device=index.device) * r2
-        rows = F.embedding((index % r2)[..., None] + steps, left)  # (..., s1, s2)
-        mixed = torch.matmul(F.embedding(index // r2, factors["first"])[..., None, :], rows)
+        rows = torch.embedding(left, (index % r2)[..., None] + steps)  # (..., s1, s2)
+        mixed = torch.matmul(torch.embedding(factors["first"], index // r2)[..., None, :], rows)
         return self._expand_cols(mixed.squeeze(-2), factors)
 
     def _expand_cols(self, z: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
@@ -96,8 +95,8 @@ class TrainCores(Structure):
         y = z @ factors["right"]
         if "last" not in factors:
             return y
-        grid: Tensor = y.unflatten(-1, (self.col_modes[0], self.ranks[2]))
-        return (grid @ factors["last"]).flatten(-2)
+        grid: Tensor = y.view(*y.shape[:-1], self.col_modes[0], self.ranks[2])
+        return torch.matmul(grid, factors["last"]).flatten(-2)
 
     @property
     def _col_macs(self) -> int:

@@ -16,14 +16,13 @@ from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from compresskit.core.chain import Chain, LastAxis
+from compresskit.core.chain import Chain, LastAxis, Step
 from compresskit.core.cost import Gemm, Operation
 from compresskit.core.decomposition import Analysis, Decomposition, squared_norm
 from compresskit.core.folding import Unfolding, balanced_factors, rank_triples
 from compresskit.core.importance import Importance, Metric
-from compresskit.core.mixing import mix_both, mix_operations, mix_orders, mix_steps
+from compresskit.core.mixing import mix_operations, mix_orders, mix_steps
 from compresskit.core.registry import register
 from compresskit.core.structure import Factor, Structure, TensorSpec
 from compresskit.core.tucker_als import FoldedTucker
@@ -85,10 +84,15 @@ class TuckerTensor(Structure):
         return {name: spec for name, spec in specs.items() if not full.get(name, False)}
 
     def dense(self, factors: Mapping[str, Tensor]) -> Tensor:
-        columns = mix_both(
-            factors["core"].T, self.row_ranks, self.row_modes, factors.get("row_first"), factors.get("row_last")
-        )
+        columns = factors["core"].t()
+        for step in mix_steps(self.row_ranks, self.row_modes, "row_first", "row_last"):
+            columns = step.run(columns, factors[step.factor])
         return self._expand_cols(columns.T, factors)
+
+    @cached_property
+    def _expansion(self) -> tuple[Step, ...]:
+        """Steps from column ranks to columns, by the transposed factors."""
+        return mix_steps(self.col_ranks, self.col_modes, "col_first", "col_last")
 
     @cached_property
     def _chain(self) -> Chain:
@@ -107,24 +111,25 @@ class TuckerTensor(Structure):
         core, first, last = factors["core"], factors.get("row_first"), factors.get("row_last")
         (n1, n2), (r1, r2) = self.row_modes, self.row_ranks
         if first is None and last is None:
-            return F.embedding(index, core)
+            return torch.embedding(core, index)
         if n1 == 1 and last is not None:
-            return F.embedding(index, last) @ core
+            return torch.embedding(last, index) @ core
         i, j = index // n2, index % n2
         if first is not None and last is not None:
-            outer = F.embedding(i, first)[..., :, None] * F.embedding(j, last)[..., None, :]  # (..., r1, r2)
+            outer = torch.embedding(first, i)[..., :, None] * torch.embedding(last, j)[..., None, :]  # (..., r1, r2)
             return outer.flatten(-2) @ core
         if first is not None:
-            mix, rows = F.embedding(i, first), j[..., None] + r2 * torch.arange(r1, device=index.device)
+            mix, rows = torch.embedding(first, i), j[..., None] + r2 * torch.arange(r1, device=index.device)
         else:
             assert last is not None
-            mix, rows = F.embedding(j, last), i[..., None] * r2 + torch.arange(r2, device=index.device)
-        return (mix[..., None, :] @ F.embedding(rows, core)).squeeze(-2)
+            mix, rows = torch.embedding(last, j), i[..., None] * r2 + torch.arange(r2, device=index.device)
+        return (mix[..., None, :] @ torch.embedding(core, rows)).squeeze(-2)
 
     def _expand_cols(self, z: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
         """Z @ (col_first (x) col_last): (..., product of col ranks) -> (..., cols)."""
-        first, last = (None if f is None else f.T for f in (factors.get("col_first"), factors.get("col_last")))
-        return mix_both(z, self.col_ranks, self.col_modes, first, last)
+        for step in self._expansion:
+            z = step.run(z, factors[step.factor].t())
+        return z
 
     @property
     def macs(self) -> int:

@@ -5,7 +5,7 @@ import pytest
 import compresskit
 from benchmarks.experiments import SuiteError
 from benchmarks.experiments.layers import Layers, _possible
-from benchmarks.experiments.lookups import Lookups
+from benchmarks.experiments.lookups import SIDE, Lookups, _floor
 from benchmarks.suites import read_suite
 
 
@@ -46,9 +46,17 @@ def test_a_lookup_is_timed_against_the_dense_one():
     lookups = Lookups(method="kronecker", shape="64x32", structures=("left=1x4",), tokens=(8,), repeats=1)
     figures = lookups.run(None).figures
     assert figures["structures"]["left=1x4"]["macs_per_column"] == 1
+    assert figures["structures"]["left=1x4"]["floor"]["8"] > 0
     figures["structures"]["left=1x4"]["time"]["8"] = 2.5
+    figures["structures"]["left=1x4"]["floor"]["8"] = 2.1
     row = lookups.row({"method": "kronecker", "shape": "64x32"}, figures)
-    assert list(row.values())[-1] == "4.0, 1, 2.5 (above 2) at 8"
+    assert list(row.values())[-1] == "4.0, 1, 2.5 (above 2) (floor 2.1) at 8"
+
+
+def test_the_floor_of_a_lookup_is_its_calls_and_the_longer_of_writing_and_multiplying():
+    times = {"calls": [1.0, 2.0], "writing": [3.0, 3.0], "product": [4.0, 4.0]}
+    assert _floor(times, SIDE**3 // 2) == [4.0, 5.0]
+    assert _floor(times, SIDE**3 * 2) == [9.0, 10.0]
 
 
 def test_options_that_leave_no_structure_are_an_error():
