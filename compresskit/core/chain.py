@@ -15,7 +15,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from compresskit.core.autograd import narrow, with_signature
+from compresskit.core.autograd import is_traced, narrow, with_signature
 from compresskit.core.structure import Factor, linear, plain_matrix, tensor_of
 from compresskit.errors import StructureError
 
@@ -111,7 +111,7 @@ class FirstAxis(Step):
 
     def run(self, x: Tensor, factor: Factor, bias: Tensor | None = None) -> Tensor:
         small, plane = tensor_of(factor), None if bias is None else bias.view(self.outs, self.width)
-        if not torch.compiler.is_compiling() and x.numel() == self.ins * self.width:  # one token: fewer calls
+        if x.numel() == self.ins * self.width and not is_traced():  # one token: fewer calls
             grid = x.reshape(self.ins, self.width)
             y = torch.mm(small, grid) if plane is None else torch.addmm(plane, small, grid)
             return y.view(*x.shape[:-1], self.numbers)
@@ -164,7 +164,7 @@ class Chain:
             raise StructureError(
                 f"this product takes (..., {self.cols}), got {tuple(shape)}: the last sizes must agree"
             )
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and self._is_much(x):
+        if torch.is_grad_enabled() and not is_traced() and self._is_much(x):
             y = self._recomputed(x.reshape(-1, self.cols), factors, bias)
         else:
             y = _composed(self.steps, x, factors, bias)

@@ -7,7 +7,6 @@ side, so that each step is one product for all of them.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, final
 
 import torch
@@ -55,11 +54,11 @@ class KronForm:
     small_left: bool
     rows: int
 
-    @cached_property
+    @property
     def cols(self) -> int:
         return self.q * self.s
 
-    @cached_property
+    @property
     def between(self) -> int:
         """Numbers that lie between the two products, for each token."""
         return self.terms * (self.q * self.r if self.wide_first else self.p * self.s)
@@ -101,6 +100,9 @@ def swaps(form: KronForm) -> tuple[bool, bool]:
 
 def _product(x: Tensor, small: Tensor, wide: Tensor, bias: Tensor | None, form: KronForm) -> Tensor:
     """x (..., q * s) -> (tokens, p * r), all contiguous and of one dtype and device."""
+    if torch.compiler.is_compiling():
+        x = x.view(-1, form.cols)
+        return _part(x, x.shape[0], small, wide, bias, form, None)
     n = x.numel() // form.cols
     if torch.is_grad_enabled():
         tensors = (x, small, wide) if bias is None else (x, small, wide, bias)
@@ -158,7 +160,7 @@ def _wide_last(z: Tensor, n: int, wide: Tensor, bias: Tensor | None, form: KronF
     p, r = form.p, form.r
     if p == 1 and out is None:
         return F.linear(z, wide, bias)
-    if out is None and (torch.is_grad_enabled() or n * p * r <= FEW_NUMBERS):
+    if out is None and (torch.is_grad_enabled() or torch.compiler.is_compiling() or n * p * r <= FEW_NUMBERS):
         y = F.linear(z, wide).view(n, p * r)
         y = y if form.small_left else _swap(y, p, r)
         return y if bias is None else y + bias

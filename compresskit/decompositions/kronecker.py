@@ -16,6 +16,7 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor
 
+from compresskit.core.chain import FirstAxis
 from compresskit.core.cost import Gemm, Operation, Pass
 from compresskit.core.decomposition import Analysis, Decomposition, squared_norm
 from compresskit.core.folding import row_gram
@@ -24,8 +25,10 @@ from compresskit.core.importance import Importance
 from compresskit.core.kron import KronForm, kron_linear, swaps
 from compresskit.core.kron_weighted import Shape, WeightedSums
 from compresskit.core.registry import register
-from compresskit.core.structure import Factor, Structure, TensorSpec, linear, plain_matrix, tensor_of
+from compresskit.core.structure import Factor, Structure, TensorSpec, linear, plain_matrix
 from compresskit.errors import OptionError, StructureError
+
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # new in PyTorch 2.7
 
 MAX_SMALL_SIDE = 48
 MAX_SMALL_SIZE = 576
@@ -138,31 +141,31 @@ class KroneckerSum(Structure):
 
     def matmul(self, x: Tensor, factors: Mapping[str, Factor], bias: Tensor | None = None) -> Tensor:
         small, wide = plain_matrix(factors["small"]), plain_matrix(factors["wide"])
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        traced = _is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         if small is None or wide is None or x.is_meta or traced:
             return self._composed(x, factors, bias)
         return kron_linear(x, small, wide, bias, self._form)
 
     def _composed(self, x: Tensor, factors: Mapping[str, Factor], bias: Tensor | None) -> Tensor:
-        """The product for a compiler to fuse, or with a wide factor that has to be called."""
+        """The product for any number of tokens, as an export asks for, or with a wide factor that has to be called."""
         (_, q), (_, s) = self.small, self.wide
         if self.small_left:
-            y = self._compose_small_left(x.unflatten(-1, (q, s)), factors).flatten(-2)
+            y = self._compose_small_left(x.unflatten(-1, (q, s)), factors)
         else:  # the same product, with both sides of the grid swapped
             grid = x.unflatten(-1, (s, q)).transpose(-1, -2).contiguous()
-            y = self._compose_small_left(grid, factors).transpose(-1, -2).flatten(-2)
+            y = self._compose_small_left(grid, factors).unflatten(-1, (self.small[0], self.wide[0])).mT.flatten(-2)
         if y.shape[-1] != self.rows:
             y = y[..., : self.rows]
         return y if bias is None else y + bias.to(y.dtype)  # under autocast y is narrower
 
     def _compose_small_left(self, grid: Tensor, factors: Mapping[str, Factor]) -> Tensor:
-        p, r, k = self.small[0], self.wide[0], self.terms
-        small = tensor_of(factors["small"])
+        """(..., q, s) -> (..., p * r)."""
+        (p, q), (r, s), k = self.small, self.wide, self.terms
         if self.wide_first:
-            z = linear(grid, factors["wide"])  # (..., q, terms * r)
-            return torch.matmul(small, z.unflatten(-1, (k, r)).flatten(-3, -2))  # (..., p, r)
-        z = torch.matmul(small, grid)  # (..., p * terms, s)
-        return linear(z.unflatten(-2, (p, k)).flatten(-2), factors["wide"])  # (..., p, r)
+            z = linear(grid, factors["wide"]).flatten(-2)  # (..., q * terms * r)
+            return FirstAxis("small", q * k, p, r).run(z, factors["small"])
+        z = FirstAxis("small", q, p * k, s).run(grid.flatten(-2), factors["small"])  # (..., p * terms * s)
+        return linear(z.unflatten(-1, (p, k * s)), factors["wide"]).flatten(-2)
 
     def take_rows(self, index: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
         """O(cols * terms) per row: one row of each factor is read, never a factor."""

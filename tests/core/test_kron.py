@@ -235,3 +235,41 @@ def test_the_swap_is_a_transposed_copy():
         x = normal(tokens, a * b)
         expected = x.view(tokens, a, b).transpose(1, 2).reshape(tokens, a * b)
         torch.testing.assert_close(kron._swap(x, a, b), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_compiled_layer_does_the_same_products(form, training):
+    """In one graph, with any number of tokens; gradients too, and not as the product that is exported."""
+    layer = layer_of(form)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
+    for tokens in (1, 2, 5, 40):
+        x = normal(1, tokens, layer.in_features).requires_grad_()
+        with torch.set_grad_enabled(training):
+            found, wanted = compiled(x), layer(x)
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+        if training:
+            tensors, upstream = [x, *layer.parameters()], normal(*wanted.shape, seed=3)
+            grads = (torch.autograd.grad(y, tensors, upstream) for y in (found, wanted))
+            torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-9)
+    assert not any(node.target is torch.matmul for graph in graphs for node in graph.graph.nodes)
+    torch.compiler.reset()
+
+
+def test_a_compiled_layer_under_autocast():
+    layer = layer_of(FORMS[2], torch.float32)
+    x = normal(9, layer.in_features, dtype=torch.float32)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        found, wanted = compiled(x), layer(x)
+    torch.compiler.reset()
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.05)
