@@ -7,7 +7,6 @@ the best case of its size for almost every weight, and folding both sides (order
 folds one side. Weighted by what a layer sees: core/tucker_als.py.
 """
 
-import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from compresskit.core.chain import Chain, LastAxis, Step
 from compresskit.core.cost import Gemm, Operation
 from compresskit.core.decomposition import Analysis, Decomposition, squared_norm
 from compresskit.core.folding import Unfolding, balanced_factors, rank_triples
+from compresskit.core.hosvd import hooi, leading_energies
 from compresskit.core.importance import Importance, Metric
 from compresskit.core.mixing import mix_operations, mix_orders, mix_steps
 from compresskit.core.registry import register
@@ -237,7 +237,7 @@ class _TuckerAnalysis(Analysis):
             cut = {axis: own[-1] for axis, own in enumerate(cuts) if own}
             for axis, most in cut.items():
                 self._unfolding(modes, axis, most)
-            kept[modes] = _leading_energies(self._project(modes, {axis: ranks[axis][-1] for axis in cut}), ranks)
+            kept[modes] = leading_energies(self._project(modes, {axis: ranks[axis][-1] for axis in cut}), ranks)
             for axis, most in cut.items():
                 self._unfolding(modes, axis).keep(most)
         return [max(self._energy - kept[s.modes][s.ranks], 0.0) for s in tuckers]
@@ -253,7 +253,7 @@ class _TuckerAnalysis(Analysis):
         core = self._project(s.modes, widths)
         bases = {a: self._unfolding(s.modes, a).basis(self._unfolded(s.modes, a), core.shape[a]) for a in cut}
         if wide:
-            core, rotations = _hooi(core / scale, {axis: s.ranks[axis] for axis in cut}, self._sweeps)
+            core, rotations = hooi(core / scale, {axis: s.ranks[axis] for axis in cut}, self._sweeps)
             core = core * scale
             bases = {axis: bases[axis] @ rotations[axis] for axis in cut}
         return _stored(s, core, bases)
@@ -298,37 +298,6 @@ def _checked(structure: Structure) -> TuckerTensor:
 def _cut(structure: TuckerTensor) -> list[int]:
     """Axes whose rank is below their size: those with a factor."""
     return [axis for axis, (n, rank) in enumerate(zip(structure.modes, structure.ranks, strict=True)) if rank < n]
-
-
-def _leading_energies(core: Tensor, ranks: Sequence[Sequence[int]]) -> dict[tuple[int, ...], float]:
-    """Energy of every leading block of the core whose sizes are among these ascending ranks."""
-    sums = core.double().square_()
-    for axis, own in enumerate(ranks):
-        ends = [min(rank, core.shape[axis]) for rank in own]
-        if own != [1]:
-            parts = [sums.narrow(axis, a, b - a).sum(axis) for a, b in itertools.pairwise([0, *ends])]
-            sums = torch.stack(parts, axis).cumsum(axis)
-    return dict(zip(itertools.product(*ranks), sums.flatten().tolist(), strict=True))
-
-
-def _hooi(block: Tensor, ranks: Mapping[int, int], sweeps: int) -> tuple[Tensor, dict[int, Tensor]]:
-    """Core and orthonormal (size, rank) matrices by axis, from the leading block on; each sweep keeps more energy."""
-    start = [torch.eye(block.shape[axis], rank, dtype=block.dtype, device=block.device) for axis, rank in ranks.items()]
-    core = block[tuple(slice(ranks.get(axis)) for axis in range(block.dim()))]
-    import tensorly as tl  # half a second, for this method only
-    from tensorly.decomposition import partial_tucker
-
-    with tl.backend_context("pytorch", local_threadsafe=True):
-        (core, rotations), _ = partial_tucker(
-            block,
-            rank=list(ranks.values()),
-            modes=list(ranks),
-            n_iter_max=sweeps,
-            init=(core, start),
-            tol=0,
-            random_state=0,
-        )
-    return core, dict(zip(ranks, rotations, strict=True))
 
 
 def _levelled(core: Tensor, bases: Mapping[int, Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
