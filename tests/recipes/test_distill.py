@@ -49,6 +49,15 @@ def test_without_any_task_the_last_step_is_taken(encoder, text, tmp_path):
     assert result.ratio >= 2
 
 
+def test_a_stage_stops_when_its_scores_stay_below_the_best(teacher, reviews, tmp_path):
+    values = {"task.lr": 1e-30, "task.max_steps": 20, "task.eval_steps": 1, "task.patience": 2}
+    preset = short("svd-kd").with_values(values)  # nothing changes, so the first score stays the best
+    result = recipes.distill(preset, teacher, tmp_path / "run", task=SST2, data=reviews, ratio=2)
+    (stage,) = result.stages
+    assert (stage.steps, stage.best_step, len(stage.curve)) == (3, 1, 3)
+    assert result.metrics == stage.metrics == stage.curve[0][1]
+
+
 def test_without_a_corpus_stage_1_is_left_out_and_said(teacher, reviews, tmp_path):
     notes = []
     result = recipes.distill(
