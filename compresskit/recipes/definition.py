@@ -48,6 +48,8 @@ class Compressed:
         ratio: asked for unless the caller does.
         rank_hidden_size: ranks in `rules` are for a model of this hidden size; others scale in proportion.
         allow_slower: with a ratio: permit structures that are expected to run slower than dense; rules always do.
+        calibration: fit, and with a ratio choose, for what the layers see on so many texts of the corpus, or without
+            one of the task's training data; 0: for the weights alone.
     """
 
     rules: tuple[ShapeRule, ...] = ()
@@ -58,6 +60,11 @@ class Compressed:
     ratio: float | None = None
     rank_hidden_size: int | None = None
     allow_slower: bool = False
+    calibration: int = 0
+
+    def __post_init__(self) -> None:
+        if self.calibration < 0:
+            raise OptionError(f"calibration is {self.calibration} texts; 0 or more are expected")
 
 
 @final
@@ -249,6 +256,7 @@ class _Plain:
     ratio: float | None = None
     rank_hidden_size: int | None = None
     allow_slower: bool = False
+    calibration: int = 0
 
 
 def _rule(rule: Any, where: str) -> ShapeRule:

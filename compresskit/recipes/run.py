@@ -5,11 +5,13 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from compresskit.calibration import Calibration, calibrate
 from compresskit.distill import Stage, TeacherCache, run_stages
 from compresskit.distill.anatomy import Anatomy
 from compresskit.distill.objective import bind
@@ -17,7 +19,7 @@ from compresskit.errors import CompresskitError, DistillError, OptionError
 from compresskit.recipes.definition import Preset, StageRecipe
 from compresskit.recipes.models import Models, open_models
 from compresskit.recipes.results import Distilled, read_stage
-from compresskit.recipes.stages import CORPUS, TASK, OnStage, Splits, corpus_stage, load_splits, task_stage
+from compresskit.recipes.stages import CORPUS, TASK, OnStage, Splits, corpus_rows, corpus_stage, load_splits, task_stage
 from compresskit.recipes.students import Model, student_maker
 from compresskit.surgery.sites import count_params
 from compresskit.tasks import Task, close_run, open_run
@@ -85,7 +87,8 @@ def distill(
     record = _record(preset, recipes, models, splits, ratio=ratio, params=params, max_length=length)
     open_run(folder, record, resume=resume)
     try:
-        first, last = _students(preset, models, recipes, ratio=ratio, params=params)
+        texts = partial(_calibration_texts, recipes, splits, corpus, models.tokenizer, Path(cache or folder) / "text")
+        first, last = _students(preset, models, recipes, texts, ratio=ratio, params=params)
         kept = TeacherCache(Path(cache or folder) / "teacher") if cache_teacher else None
         made = _stages(
             recipes,
@@ -171,16 +174,40 @@ def _recipes(preset: Preset, stages: Sequence[str], task: Task | None) -> dict[s
     return found
 
 
+def _calibration_texts(
+    recipes: Mapping[str, StageRecipe], splits: Splits | None, corpus: str | Path | None, tokenizer: Any, cache: Path
+) -> Any:
+    """Rows of token ids alone: those of the first stage."""
+    if CORPUS in recipes:
+        assert corpus is not None
+        rows = corpus_rows(recipes[CORPUS], corpus, tokenizer, cache)
+    else:
+        assert splits is not None
+        rows = splits.train
+    return rows.select_columns([name for name in rows.column_names if name in tokenizer.model_input_names])
+
+
 def _students(
-    preset: Preset, models: Models, recipes: Mapping[str, StageRecipe], *, ratio: float | None, params: int | None
+    preset: Preset,
+    models: Models,
+    recipes: Mapping[str, StageRecipe],
+    texts: Callable[[], Any],
+    *,
+    ratio: float | None,
+    params: int | None,
 ) -> tuple[Model, Model]:
     """The student of the first stage and that of the last, which may be the same."""
     if models.student is not None:
         if ratio is not None or params is not None:
             raise OptionError("a student of your own has its size: leave out ratio and params")
         return models.student, models.student
-    make = student_maker(preset, models.teacher, ratio=ratio, params=params)
     seed = next(iter(recipes.values())).settings.seed
+    samples = getattr(preset.student, "calibration", 0)
+
+    def seen(model: Model) -> Calibration | None:
+        return calibrate(model, texts(), tokenizer=models.tokenizer, samples=samples, seed=seed) if samples else None
+
+    make = student_maker(preset, models.teacher, ratio=ratio, params=params, calibrate=seen)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         last = make(models.teacher)

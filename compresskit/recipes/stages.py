@@ -93,8 +93,7 @@ def corpus_stage(
         DataError: no text there.
     """
     words, sentences = recipe.mlm and has_words(student, teacher), recipe.nsp and has_sentences(student, teacher)
-    length = min(recipe.max_length or 128, tokenizer.model_max_length)
-    rows: Any = load_corpus(corpus, tokenizer, cache=cache, max_length=(length + 1) // 2 if sentences else length)
+    rows = corpus_rows(recipe, corpus, tokenizer, cache, halved=sentences)
     if sentences:
         rows = SentencePairs(rows, seed=recipe.settings.seed)
     collate: Any = collator(tokenizer, multiple_of=8 if recipe.settings.bf16 else 1)
@@ -125,6 +124,19 @@ def corpus_stage(
         cache=teacher_cache,
         set_up=partial(score_on_, dev=dev),
     )
+
+
+def corpus_rows(recipe: StageRecipe, corpus: str | Path, tokenizer: Any, cache: Path, *, halved: bool = False) -> Any:
+    """Pieces of plain text as token ids.
+
+    Args:
+        halved: half as long, two of them make an example.
+
+    Raises:
+        DataError: no text there.
+    """
+    length = min(recipe.max_length or 128, tokenizer.model_max_length)
+    return load_corpus(corpus, tokenizer, cache=cache, max_length=(length + 1) // 2 if halved else length)
 
 
 def task_stage(

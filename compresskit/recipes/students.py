@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from compresskit.api import apply, plan
+from compresskit.calibration import Calibration
 from compresskit.core.decomposition import Decomposition
 from compresskit.core.registry import decomposition
 from compresskit.errors import OptionError, PlanError, StructureError
@@ -21,6 +22,8 @@ from compresskit.surgery.sites import find_sites
 
 Model = Any
 """A transformers PreTrainedModel, which has no types."""
+Calibrate = Callable[[Model], Calibration | None]
+"""What the layers of a dense model see; None: nothing was asked to be collected."""
 MakeStudent = Callable[[Model], Model]
 """Makes the student of a model: that which it was decided for, or one of its kind with another head. Deterministic."""
 
@@ -31,6 +34,7 @@ def student_maker(
     *,
     ratio: float | None = None,
     params: int | None = None,
+    calibrate: Calibrate = lambda model: None,
     on_progress: OnProgress | None = None,
 ) -> MakeStudent:
     """Decide what a student of this model looks like, and return what makes it. The model is not changed.
@@ -39,6 +43,7 @@ def student_maker(
         model: dense; with the head that the final student will have.
         ratio: original / student parameters of the whole model; or
         params: parameters of the student; None of both: what the preset says.
+        calibrate: what the fits are made for, of each model that a student is made of.
 
     Raises:
         OptionError: the preset has no size of its own, and none is asked for; or both are.
@@ -52,9 +57,14 @@ def student_maker(
     if ratio is None and params is None:
         ratio = student.ratio
     if isinstance(student, Compressed):
-        made = compression_plan(preset, model, ratio=ratio, params=params, on_progress=on_progress)
+        seen = calibrate(model)
+        made = compression_plan(preset, model, ratio=ratio, params=params, calibration=seen, on_progress=on_progress)
         provenance = {"preset": preset.title}
-        return lambda like: _compressed(made, model, like, provenance)
+
+        def make(like: Model) -> Model:
+            return _compressed(made, model, like, seen if like is model else calibrate(like), provenance)
+
+        return make
     if ratio is None and params is None:
         raise _no_size(preset)
     config = smaller_config(model, layer_step=student.layer_step, ratio=ratio, params=params)
@@ -67,6 +77,7 @@ def compression_plan(
     *,
     ratio: float | None = None,
     params: int | None = None,
+    calibration: Calibration | None = None,
     on_progress: OnProgress | None = None,
 ) -> Plan:
     """The structures that a preset of factorised layers gives a model; arguments and errors as in `student_maker`."""
@@ -77,7 +88,14 @@ def compression_plan(
         if not student.rules:
             raise _no_size(preset)
         rules = _fixed(preset, student, model)
-        return plan(model, rules=rules, exclude=student.exclude, allow_slower=True, on_progress=on_progress)
+        return plan(
+            model,
+            rules=rules,
+            exclude=student.exclude,
+            allow_slower=True,
+            calibration=calibration,
+            on_progress=on_progress,
+        )
     if student.method is None:
         raise OptionError(f"preset {preset.title} has shapes of its own and no method for another ratio")
     return plan(
@@ -88,6 +106,7 @@ def compression_plan(
         exclude=student.exclude,
         uniform=student.uniform,
         allow_slower=student.allow_slower,
+        calibration=calibration,
         on_progress=on_progress,
     )
 
@@ -129,10 +148,13 @@ def _scaled(rule: ShapeRule, student: Compressed, model: Model) -> Decomposition
     return decomposition(rule.method, options)
 
 
-def _compressed(made: Plan, model: Model, like: Model, provenance: Mapping[str, str]) -> Model:
+def _compressed(
+    made: Plan, model: Model, like: Model, seen: Calibration | None, provenance: Mapping[str, str]
+) -> Model:
     """A copy of `like` with the structures that were chosen for `model`, fitted to the weights of `like`."""
     copied = copy.deepcopy(like)
-    apply(copied, made if like is model else _for_encoder(made, model, copied), provenance=provenance)
+    fitted = made if like is model else _for_encoder(made, model, copied)
+    apply(copied, fitted, calibration=seen, provenance=provenance)
     return copied
 
 

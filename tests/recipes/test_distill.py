@@ -49,6 +49,33 @@ def test_without_any_task_the_last_step_is_taken(encoder, text, tmp_path):
     assert result.ratio >= 2
 
 
+@pytest.mark.parametrize("stages", ["corpus", "both", "task"])
+def test_a_student_is_fitted_to_what_its_layers_see(stages, teacher, base, encoder, reviews, text, tmp_path):
+    """Hardly trained, it answers more like the dense model if its start was fitted to texts."""
+    errors = []
+    dense = transformers.AutoModel.from_pretrained(base if stages == "both" else encoder).eval()
+    if stages == "task":
+        dense = transformers.AutoModel.from_pretrained(teacher).eval()
+    for texts in (0, 64):
+        values = {f"{s}.lr": 1e-30 for s in ("corpus", "task")} | {"compress.calibration": texts}
+        result = recipes.distill(
+            short("svd-kd").with_values(values),
+            encoder if stages == "corpus" else teacher,
+            tmp_path / str(texts),
+            task=None if stages == "corpus" else SST2,
+            data=reviews,
+            corpus=None if stages == "task" else text,
+            base=base if stages == "both" else None,
+            ratio=2,
+        )
+        inputs = result.tokenizer(["we saw a good film", "the film was very bad ."], return_tensors="pt", padding=True)
+        with torch.no_grad():
+            ours, theirs = (m(**inputs).last_hidden_state for m in (result.student.base_model, dense))
+        errors.append(float((ours - theirs)[inputs["attention_mask"].bool()].square().mean()))
+        assert result.ratio >= 2
+    assert errors[1] < 0.8 * errors[0]
+
+
 def test_a_stage_stops_when_its_scores_stay_below_the_best(teacher, reviews, tmp_path):
     values = {"task.lr": 1e-30, "task.max_steps": 20, "task.eval_steps": 1, "task.patience": 2}
     preset = short("svd-kd").with_values(values)  # nothing changes, so the first score stays the best
