@@ -54,7 +54,7 @@ class Decomposition(ABC):
     structures: ClassVar[tuple[type[Structure], ...]]
     """The structure classes that it fits; they are registered with it, so that checkpoints load."""
     prices_at_once: ClassVar[bool] = False
-    """Whether one factorisation prices the whole menu, with an importance too, and not each structure a search."""
+    """Whether a few factorisations price the whole menu, with an importance too, and not each structure a search."""
 
     @abstractmethod
     def menu(self, rows: int, cols: int, *, lookup: bool = False) -> Iterable[Structure]:

@@ -74,6 +74,8 @@ class WeightedSums:
 
     def fit(self, shape: Shape) -> tuple[Tensor, Tensor]:
         """Small (terms, p * q) and wide (terms, r * s), orthogonal terms in falling order, evenly split."""
+        if shape not in self._known:
+            self.prices([shape])  # the search goes on from there, and so is never worse than it
         metric, reduced = self._importance.metric(self._weight), self._reducible(shape)
         problem = self._problem(metric, reduced=reduced)
         blocks = Blocks(*problem, shape.grid)

@@ -31,6 +31,12 @@ MAX_SEARCHES = 16
 than all smaller ones, evenly thinned."""
 
 
+SAMPLE = 4
+"""Of them, as many are priced before the others are, and if each loses HOPELESS times what some other method of the
+same size does, in squared error, they are all."""
+HOPELESS = 1.5
+
+
 class _Union:
     """The structures of all methods that an instance chooses from; the class alone names one, to be registered by."""
 
@@ -111,17 +117,31 @@ class _AutoAnalysis(Analysis):
         for structure in structures:
             by_fitter.setdefault(self._auto.fitter(structure), []).append(structure)
         prices = dict.fromkeys(structures, math.inf)
-        for fitter, own in by_fitter.items():
-            worth = own if self._importance is None else self._worth_a_search(fitter, own)
-            if worth:
-                errors = fitter.analyse_for(self._weight, self._importance).squared_errors(worth)
-                prices.update(zip(worth, errors, strict=True))
+        for fitter in sorted(by_fitter, key=lambda fitter: not fitter.prices_at_once):
+            own = by_fitter[fitter]
+            if self._importance is None:
+                errors = fitter.analyse(self._weight).squared_errors(own)
+                prices.update(zip(own, errors, strict=True))
+            elif fitter.is_data_aware():
+                prices.update(self._searched(fitter, own, prices))
         return [prices[structure] for structure in structures]
+
+    def _searched(
+        self, fitter: Decomposition, structures: Sequence[Structure], others: Mapping[Structure, float]
+    ) -> Mapping[Structure, float]:
+        """Prices with an importance; of a method whose every price is a search, of few structures, and fewer yet if a
+        sample of them is hopeless beside the prices of others."""
+        analysis = fitter.analyse_for(self._weight, self._importance)
+        worth = self._worth_a_search(fitter, structures)
+        sample = worth if fitter.prices_at_once else worth[:: max(len(worth) // SAMPLE, 1)]
+        prices = dict(zip(sample, analysis.squared_errors(sample), strict=True))
+        if any(price <= HOPELESS * _least(others, structure) for structure, price in prices.items()):
+            rest = [structure for structure in worth if structure not in prices]
+            prices.update(zip(rest, analysis.squared_errors(rest), strict=True))
+        return prices
 
     def _worth_a_search(self, fitter: Decomposition, structures: Sequence[Structure]) -> Sequence[Structure]:
         """Those to price with an importance; where each is a search of its own, few that the plain prices speak for."""
-        if not fitter.is_data_aware():
-            return []
         if fitter.prices_at_once or len(structures) <= MAX_SEARCHES:
             return structures
         errors = fitter.analyse(self._weight).squared_errors(structures)
@@ -135,7 +155,9 @@ class _AutoAnalysis(Analysis):
         return [front[round(i * step)] for i in range(min(MAX_SEARCHES, len(front)))]
 
     def factors(self, structure: Structure) -> dict[str, Tensor]:
-        fitter = self._auto.fitter(structure)
-        analysis = fitter.analyse_for(self._weight, self._importance)
-        analysis.squared_errors([structure])  # a search may go on from what its price has found
-        return analysis.factors(structure)
+        return self._auto.fitter(structure).analyse_for(self._weight, self._importance).factors(structure)
+
+
+def _least(prices: Mapping[Structure, float], structure: Structure) -> float:
+    """The lowest price of what is no larger; infinite if there is none."""
+    return min((price for s, price in prices.items() if s.num_params <= structure.num_params), default=math.inf)

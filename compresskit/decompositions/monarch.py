@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from compresskit.core.chain import Chain, LastAxis, Step
 from compresskit.core.cost import Gemm, Operation, Pass
 from compresskit.core.decomposition import Analysis, Decomposition
-from compresskit.core.importance import Importance, Moment
+from compresskit.core.folding import gram
+from compresskit.core.importance import Importance, Metric, Moment
 from compresskit.core.registry import register
 from compresskit.core.structure import Factor, Structure, TensorSpec, linear, tensor_of
 from compresskit.errors import OptionError, StructureError
@@ -239,7 +240,7 @@ class Monarch(Decomposition):
         return _MonarchAnalysis(weight, None)
 
     def analyse_weighted(self, weight: Tensor, importance: Importance) -> Analysis:
-        return _MonarchAnalysis(weight, importance)
+        return _MonarchAnalysis(weight, importance.metric(weight))
 
 
 def _ranks(top: int) -> Iterable[int]:
@@ -253,9 +254,9 @@ def _ranks(top: int) -> Iterable[int]:
 class _MonarchAnalysis(Analysis):
     """Triples of each block's SVD in its metric, in float64; suffix sums of their inner products price all ranks."""
 
-    def __init__(self, weight: Tensor, importance: Importance | None) -> None:
+    def __init__(self, weight: Tensor, metric: Metric | None) -> None:
         self._weight = weight
-        self._metric = None if importance is None else importance.metric(weight)
+        self._metric = metric
         self._errors: dict[Pair, list[float]] = {}  # of rank 0, 1, ...
 
     def squared_errors(self, structures: Sequence[Structure]) -> list[float]:
@@ -287,9 +288,22 @@ class _MonarchAnalysis(Analysis):
             grams = grid @ grid.mT if grid.shape[-2] <= grid.shape[-1] else grid.mT @ grid
             tails = torch.linalg.eigvalsh(grams).clamp_min(0).cumsum(-1).sum((0, 1))
             return [*tails.flip(0).tolist(), 0.0]
+        rows, cols = self._weight.shape
+        if rows > blocks[0] * cols and (self._metric.rows.values is None or self._metric.rows.values.dim() == 1):
+            return self._tall_errors(blocks)
         products = _coupled(*self._triples(blocks), self._metric.rows, self._metric.cols)  # (k, k)
         tails = products.flip(0, 1).cumsum(0).cumsum(1).diagonal().clamp_min(0) * self._metric.scale
         return [*tails.flip(0).tolist(), 0.0]
+
+    def _tall_errors(self, blocks: Pair) -> list[float]:
+        """The same where independent rows outnumber the columns: all that matters of a block W is W^T R W."""
+        metric = self._metric
+        assert metric is not None
+        p, cols = blocks[0], self._weight.shape[1]
+        scaled = Moment.of(metric.rows.root().values, like=self._weight).before(self._weight)
+        grams = (gram(part) for part in scaled.chunk(p))
+        roots = torch.cat([Moment(part).root().dense(cols, like=part) for part in grams])
+        return _MonarchAnalysis(roots, Metric(Moment(None), metric.cols, metric.scale))._all_errors(blocks)
 
     def _triples(self, blocks: Pair) -> tuple[Tensor, Tensor]:
         """left (p, q, m, k) and right (p, q, k, n), leading first: their product of all k is the weight."""
@@ -314,10 +328,10 @@ def _leading(block: Tensor, rows: Moment | None, cols: Moment | None) -> tuple[T
     """left (m, k), right (k, n): their first r are the nearest of rank r in the metric, all of them are the block."""
     rows, cols = rows or Moment(None), cols or Moment(None)
     scaled = rows.root().before(block)
-    whitened = cols.root().after(scaled)
     if block.shape[0] <= block.shape[1]:
-        basis = torch.linalg.eigh(whitened @ whitened.T).eigenvectors.flip(-1)
+        basis = torch.linalg.eigh(cols.after(scaled) @ scaled.T).eigenvectors.flip(-1)
     else:
+        whitened = cols.root().after(scaled)
         basis = torch.linalg.qr(whitened @ torch.linalg.eigh(whitened.T @ whitened).eigenvectors.flip(-1)).Q
     return rows.inverse_root().before(basis), basis.T @ scaled
 
