@@ -98,7 +98,7 @@ class BlockFit:
 
     def error(self, start: Blocks, rounds: int) -> float:
         """The error after so many rounds."""
-        return self._search(start, rounds)[1]
+        return max(self._search(start, rounds)[1], 0.0)
 
     def refine(self, start: Blocks, rounds: int) -> Blocks:
         """Factors with an error that is not above that of the start, after so many rounds."""
