@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 SAMPLES, MAX_LENGTH = 128, 128
-PARAMETERS, MEASURED = "parameters", "measured"
+PARAMETERS, BALANCED, MEASURED = "parameters", "balanced", "measured"
 MEASURED_SHARE = 4
 """Sensitivities are measured on one of so many texts: each layer takes a pass over them."""
 
@@ -40,7 +40,7 @@ class Samples:
             raise click.UsageError("--calibrate collects from texts, --calibration reads a file: give one of them")
         given = {"--samples": self.samples, "--max-length": self.max_length, "--gradients": self.gradients or None}
         given |= {"--sequential": self.sequential or None, "--refine": self.refine}
-        given |= {"--sensitivity measured": (self.sensitivity == MEASURED) or None}
+        given |= {f"--sensitivity {self.sensitivity}": (self.sensitivity != PARAMETERS) or None}
         idle = [option for option, value in given.items() if value is not None]
         if idle and self.calibrate is None:
             raise click.UsageError(f"{' and '.join(idle)} need --calibrate FILE_OR_FOLDER, the texts to calibrate on")
@@ -60,7 +60,7 @@ class Samples:
         self, model: "PreTrainedModel", folder: Path, *, seed: int, on_progress: "OnProgress | None" = None
     ) -> dict[str, Any]:
         """Arguments for `compresskit.compress` and `apply`: the calibration, and how layers are fitted to it."""
-        from compresskit.calibration import Refine, load_calibration, measure_sensitivities
+        from compresskit.calibration import Refine, balanced, load_calibration, measure_sensitivities
 
         if self.calibration is not None:
             read = load_calibration(self.calibration)
@@ -70,13 +70,14 @@ class Samples:
             return {}
         size = {"samples": self.samples or SAMPLES, "max_length": self.max_length or MAX_LENGTH, "seed": seed}
         made = collect(model, folder, self.calibrate, gradients=self.gradients, on_progress=on_progress, **size)
-        if not (self.sequential or self.refine or self.sensitivity == MEASURED):
+        if not (self.sequential or self.refine or self.sensitivity != PARAMETERS):
             return {"calibration": made}
         texts = batches(folder, self.calibrate, **size)
         weights = {}
-        if self.sensitivity == MEASURED:
+        if self.sensitivity != PARAMETERS:
             few = texts[: max(1, len(texts) // MEASURED_SHARE)]
-            weights = {"sensitivities": measure_sensitivities(model, few, made, on_progress=on_progress)}
+            measured = measure_sensitivities(model, few, made, on_progress=on_progress)
+            weights = {"sensitivities": balanced(model, measured) if self.sensitivity == BALANCED else measured}
         if not (self.sequential or self.refine):
             return {"calibration": made, **weights}
         return {
@@ -137,9 +138,9 @@ def calibration_options(function: F) -> F:
         click.option("--gradients", is_flag=True, help="Also weigh by gradients at the outputs (K-FAC)."),
         click.option(
             "--sensitivity",
-            type=click.Choice((PARAMETERS, MEASURED)),
+            type=click.Choice((PARAMETERS, BALANCED, MEASURED)),
             default=PARAMETERS,
-            help="What a layer's error counts: its parameters, or what it does to the model's output on the texts.",
+            help="What a layer's error counts: its parameters, what it does to the model's output on the texts, both.",
         ),
         click.option(
             "--calibration", type=click.Path(path_type=Path), help="What `compresskit calibrate` saved, instead."

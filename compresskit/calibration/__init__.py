@@ -6,12 +6,13 @@ from compresskit.calibration.files import load_calibration
 from compresskit.calibration.moments import Calibration, Use
 from compresskit.calibration.refine import Refine
 from compresskit.calibration.rotate import rotate_values_
-from compresskit.calibration.sensitivity import measure_sensitivities
+from compresskit.calibration.sensitivity import balanced, measure_sensitivities
 
 __all__ = [
     "Calibration",
     "Refine",
     "Use",
+    "balanced",
     "calibrate",
     "load_calibration",
     "measure_sensitivities",
