@@ -28,7 +28,18 @@ LAYERS = {
     "distill": {"errors", "options", "registration"},
     "tasks": {"errors", "hub", "distill", "texts"},
     "api": {"errors", "core", "surgery", "hub", "calibration"},
-    "recipes": {"errors", "options", "registration", "core", "surgery", "hub", "distill", "tasks", "api"},
+    "recipes": {
+        "errors",
+        "options",
+        "registration",
+        "core",
+        "surgery",
+        "hub",
+        "calibration",
+        "distill",
+        "tasks",
+        "api",
+    },
 }
 """What each part of compresskit may import from the others; `__init__` collects the public names from all."""
 

@@ -12,6 +12,9 @@ from compresskit.surgery.plan import site_macs, site_time_ns
 from compresskit.surgery.rules import Assignment
 from compresskit.surgery.sites import Site
 
+MAX_CHOICES = 6000
+"""Choices that the solver gets in all; menus that are finer (one rank after the other) are thinned."""
+
 
 @final
 @dataclass(frozen=True)
@@ -114,3 +117,8 @@ def shortest_ratio(total: int, left: int) -> float:
         return math.inf
     ratios = (float(f"{total / left:.{digits}g}") for digits in range(1, 17))
     return next((ratio for ratio in ratios if ratio and math.floor(total / ratio) == left), total / left)
+
+
+def choices_each(groups: int) -> int:
+    """Choices that the solver gets of each of so many groups; menus that are finer are thinned."""
+    return max(MAX_CHOICES // groups, 32)

@@ -14,27 +14,21 @@ from compresskit.core.importance import Importance
 from compresskit.core.structure import Structure
 from compresskit.errors import BudgetError
 from compresskit.surgery.alternatives import Fronts, best_within, fronts_of, undominated
-from compresskit.surgery.budget import Choice, TimeLimitError, least_time_ns, solve
+from compresskit.surgery.budget import Choice, TimeLimitError, solve
 from compresskit.surgery.front import front_of
 from compresskit.surgery.limits import (
     Limits,
     check_sensitivities,
     choice_of,
-    four_digits_down,
+    choices_each,
     limits_of,
-    shortest_ratio,
     thinned,
 )
+from compresskit.surgery.menus import menus_of, narrowed, refuse_unreachable
 from compresskit.surgery.parallel import map_in_threads
-from compresskit.surgery.plan import FrontPoint, Plan, PlannedSite, runs_slower
+from compresskit.surgery.plan import FrontPoint, Plan, PlannedSite
 from compresskit.surgery.rules import Assignment
 from compresskit.surgery.sites import Refusal, Site, site_weight
-
-SMALLER, LARGER = 4, 8
-"""Structures between the average size over SMALLER and times LARGER are priced; more only if these do not reach."""
-MAX_CHOICES = 6000
-"""Choices that the solver gets in all; menus that are finer (one rank after the other) are thinned."""
-
 
 SLOWER = "every structure that the method has for it is expected to run slower than dense (allow_slower permits them)"
 
@@ -132,17 +126,17 @@ def make_plan(
         WeightError: a weight holds NaN or infinity, or is no real matrix; names it.
     """
     check_sensitivities(assignment, sensitivities)
-    menus: Mapping[str, Sequence[Structure]] = _menus(assignment, allow_slower=allow_slower)
+    menus: Mapping[str, Sequence[Structure]] = menus_of(assignment, allow_slower=allow_slower)
     rest = num_params - sum(site.num_params for site, _ in assignment.chosen)
     choice = any(len(menu) > 1 for menu in menus.values())
     if max_params is None and choice and not (max_macs is None and speed is None):
         max_params = num_params
     limits = limits_of(assignment, (max_params or num_params) - rest, max_macs, speed)
     if max_params is None:
-        _refusechoice_of(assignment, menus)
+        _refuse_choice(assignment, menus)
     else:
-        _refuse_unreachable(assignment, menus, rest, num_params, max_params)
-        menus = _narrow(assignment, menus, limits, uniform=uniform)
+        refuse_unreachable(assignment, menus, rest, num_params, max_params)
+        menus = narrowed(assignment, menus, limits, uniform=uniform)
     keep_all = uniform or limits.of_work or max_params is None
 
     def price(pair: tuple[Site, Decomposition]) -> _Priced:
@@ -170,55 +164,13 @@ def _why_dense(dense: Sequence[Refusal]) -> str:
     return "the budget is too generous, or the method has no structure"
 
 
-def _menus(assignment: Assignment, *, allow_slower: bool) -> dict[str, list[Structure]]:
-    """Menu of each site by its name; sites that are alike share one, since a deep model has few shapes."""
-    made: dict[object, list[Structure]] = {}
-    menus: dict[str, list[Structure]] = {}
-    for site, decomposition in assignment.chosen:
-        key = (decomposition, site.rows, site.cols, site.kinds, site.extra_params)
-        if key not in made:
-            made[key] = _menu(site, decomposition, allow_slower=allow_slower)
-        menus[site.name] = made[key]
-    return menus
-
-
-def _menu(site: Site, decomposition: Decomposition, *, allow_slower: bool) -> list[Structure]:
-    """Structures smaller than the weight; none that runs slower than the dense layer unless allowed."""
-    return [
-        structure
-        for structure in decomposition.menu(site.rows, site.cols, lookup=site.lookup)
-        if structure.num_params + site.extra_params < site.num_params
-        and (allow_slower or not runs_slower(site, structure))
-    ]
-
-
-def _refusechoice_of(assignment: Assignment, menus: Mapping[str, Sequence[Structure]]) -> None:
+def _refuse_choice(assignment: Assignment, menus: Mapping[str, Sequence[Structure]]) -> None:
     for site, decomposition in assignment.chosen:
         if len(menus[site.name]) > 1:
             raise BudgetError(
                 f"{decomposition.name} has {len(menus[site.name])} structures for {site.name!r}, nothing to choose by: "
                 "give ratio, params or keep, or options that fix the structure"
             )
-
-
-def _refuse_unreachable(
-    assignment: Assignment, menus: Mapping[str, Sequence[Structure]], rest: int, num_params: int, max_params: int
-) -> None:
-    least = {site.name: _least(site, menus[site.name]) for site, _ in assignment.chosen}
-    floor = rest + sum(least.values())
-    if floor <= max_params:
-        return
-    holders = [(r.num_params, r.name, r.reason) for r in assignment.left]
-    holders += [
-        (n, name, "its smallest structure" if menus[name] else "the method has no structure for its shape")
-        for name, n in least.items()
-    ]
-    biggest = "; ".join(f"{name} {n:,} ({reason})" for n, name, reason in sorted(holders, reverse=True)[:4])
-    raise BudgetError(
-        f"ratio {shortest_ratio(num_params, max_params):.6g} leaves {max_params:,} of {num_params:,} parameters; the "
-        f"highest ratio that these rules reach is {four_digits_down(num_params / floor):.4g} ({floor:,} parameters, "
-        f"{rest:,} of them in what no rule touches). Most is held by: {biggest}"
-    )
 
 
 def _refuse_work(picks: Sequence[tuple[_Priced, int]], limits: Limits) -> None:
@@ -229,70 +181,6 @@ def _refuse_work(picks: Sequence[tuple[_Priced, int]], limits: Limits) -> None:
         raise BudgetError(f"these options take {macs:,} multiply-adds per token together, more than {limits.macs:,}")
     if limits.time_ns is not None and time_ns > limits.time_ns:
         raise limits.unreachable(time_ns)
-
-
-def _narrow(
-    assignment: Assignment, menus: Mapping[str, Sequence[Structure]], limits: Limits, *, uniform: bool
-) -> Mapping[str, Sequence[Structure]]:
-    """What to price: structures around the average compression, wider until the limits can be kept, or all.
-
-    A site that cannot be compressed nearly that much keeps its smallest structure.
-
-    Raises:
-        BudgetError: nothing is fast enough.
-    """
-    average = sum(site.num_params for site, _ in assignment.chosen) / max(limits.params, 1)
-    smaller, larger = float(SMALLER), float(LARGER)
-
-    def narrowed(site: Site) -> Sequence[Structure]:
-        menu = menus[site.name]
-        near = [s for s in menu if average / larger <= site.num_params / s.num_params <= average * smaller]
-        return near or sorted(menu, key=lambda s: s.num_params)[:1]
-
-    while True:
-        near = {site.name: narrowed(site) for site, _ in assignment.chosen}
-        complete = near == menus
-        if complete or _fits(assignment, near, limits):
-            least_ns = 0.0 if limits.time_ns is None else _least_time_ns(assignment, near, limits, uniform=uniform)
-            if limits.time_ns is None or least_ns <= limits.time_ns:
-                return near
-            if complete:
-                raise limits.unreachable(least_ns)
-        smaller, larger = smaller * 4, larger * 4 if limits.of_work else larger
-
-
-def _fits(assignment: Assignment, menus: Mapping[str, Sequence[Structure]], limits: Limits) -> bool:
-    """Whether the smallest structures keep the limit of parameters, and the cheapest that of multiply-adds."""
-    if sum(_least(site, menus[site.name]) for site, _ in assignment.chosen) > limits.params:
-        return False
-    groups = ([choice_of(site, s, 0.0).macs for s in (None, *menus[site.name])] for site, _ in assignment.chosen)
-    return limits.macs is None or sum(map(min, groups)) <= limits.macs
-
-
-def _least_time_ns(
-    assignment: Assignment, menus: Mapping[str, Sequence[Structure]], limits: Limits, *, uniform: bool
-) -> float:
-    """Least time within the limit of parameters that the solver will find in these menus, whatever the errors."""
-    choices: dict[object, list[Choice]] = {}
-    groups: dict[object, list[object]] = {}
-    for site, decomposition in assignment.chosen:
-        key = (decomposition, site.rows, site.cols, site.kinds, site.extra_params)
-        if key not in choices:
-            choices[key] = [choice_of(site, s, 0.0) for s in (None, *menus[site.name])]
-        groups.setdefault(key if uniform else site.name, []).append(key)
-    size = max(MAX_CHOICES // len(groups), 32)
-    return least_time_ns([_alike(choices[keys[0]], len(keys), size) for keys in groups.values()], limits.params)
-
-
-def _alike(choices: Sequence[Choice], number: int, size: int) -> list[Choice]:
-    """The fast choices of as many equal sites together."""
-    kept = [choices[i] for i in thinned(choices, size, of_loss=False, of_work=True)]
-    return [Choice(number * c.params, number * c.macs, 0.0, number * c.time_ns) for c in kept]
-
-
-def _least(site: Site, menu: Sequence[Structure]) -> int:
-    """Fewest parameters that a site can have."""
-    return min((s.num_params + site.extra_params for s in menu), default=site.num_params)
 
 
 def _price_all(
@@ -342,7 +230,7 @@ def _solve(
 ) -> tuple[list[tuple[_Priced, int]], float, tuple[FrontPoint, ...]]:
     """The pick for each site, in the order of `priced`, the proven gap, and the front around it."""
     groups = _group(priced, uniform=uniform)
-    size = max(MAX_CHOICES // len(groups), 32)
+    size = choices_each(len(groups))
     thin = [_thin(group, size, of_work=limits.of_work) for group in groups]
     choices = [_sum_choices(group) for group in thin]
     try:

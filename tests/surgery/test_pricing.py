@@ -9,7 +9,7 @@ from torch import nn
 import compresskit
 from compresskit import MACHINE, SVD, Gemm, Kronecker
 from compresskit.errors import BudgetError, WeightError
-from compresskit.surgery import pricing
+from compresskit.surgery import limits
 from compresskit.surgery.sites import find_sites
 from tests.models import HIDDEN, Plain, build
 
@@ -41,7 +41,7 @@ class TestBudget:
             compresskit.plan(model, method, ratio=1.001 * ratio, uniform=uniform)
 
     def test_thinned_menus_keep_their_smallest_structure(self, monkeypatch):
-        monkeypatch.setattr(pricing, "MAX_CHOICES", 0)  # the fewest that are left to a site: 32
+        monkeypatch.setattr(limits, "MAX_CHOICES", 0)  # the fewest that are left to a site: 32
         model = nn.Sequential(nn.Linear(720, 720), nn.Linear(96, 720), nn.Linear(720, 96))
         ratio = reachable_ratio(model, "kronecker")
         assert compresskit.plan(model, "kronecker", ratio=ratio).ratio >= ratio

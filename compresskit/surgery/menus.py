@@ -1,0 +1,129 @@
+"""Which structures are worth a price: of each site's menu those near the size that the budget asks for."""
+
+from collections.abc import Mapping, Sequence
+
+from compresskit.core.decomposition import Decomposition
+from compresskit.core.structure import Structure
+from compresskit.errors import BudgetError
+from compresskit.surgery.budget import Choice, least_time_ns
+from compresskit.surgery.limits import (
+    Limits,
+    choice_of,
+    choices_each,
+    four_digits_down,
+    shortest_ratio,
+    thinned,
+)
+from compresskit.surgery.plan import runs_slower
+from compresskit.surgery.rules import Assignment
+from compresskit.surgery.sites import Site
+
+SMALLER, LARGER = 4, 8
+"""Structures between the average size over SMALLER and times LARGER are priced; more only if these do not reach."""
+
+
+def menus_of(assignment: Assignment, *, allow_slower: bool) -> dict[str, list[Structure]]:
+    """Menu of each site by its name; sites that are alike share one, since a deep model has few shapes."""
+    made: dict[object, list[Structure]] = {}
+    menus: dict[str, list[Structure]] = {}
+    for site, decomposition in assignment.chosen:
+        key = (decomposition, site.rows, site.cols, site.kinds, site.extra_params)
+        if key not in made:
+            made[key] = _menu(site, decomposition, allow_slower=allow_slower)
+        menus[site.name] = made[key]
+    return menus
+
+
+def _menu(site: Site, decomposition: Decomposition, *, allow_slower: bool) -> list[Structure]:
+    """Structures smaller than the weight; none that runs slower than the dense layer unless allowed."""
+    return [
+        structure
+        for structure in decomposition.menu(site.rows, site.cols, lookup=site.lookup)
+        if structure.num_params + site.extra_params < site.num_params
+        and (allow_slower or not runs_slower(site, structure))
+    ]
+
+
+def refuse_unreachable(
+    assignment: Assignment, menus: Mapping[str, Sequence[Structure]], rest: int, num_params: int, max_params: int
+) -> None:
+    """Raise BudgetError if the smallest structures together are too large; `rest` is what no rule touches."""
+    least = {site.name: _least(site, menus[site.name]) for site, _ in assignment.chosen}
+    floor = rest + sum(least.values())
+    if floor <= max_params:
+        return
+    holders = [(r.num_params, r.name, r.reason) for r in assignment.left]
+    holders += [
+        (n, name, "its smallest structure" if menus[name] else "the method has no structure for its shape")
+        for name, n in least.items()
+    ]
+    biggest = "; ".join(f"{name} {n:,} ({reason})" for n, name, reason in sorted(holders, reverse=True)[:4])
+    raise BudgetError(
+        f"ratio {shortest_ratio(num_params, max_params):.6g} leaves {max_params:,} of {num_params:,} parameters; the "
+        f"highest ratio that these rules reach is {four_digits_down(num_params / floor):.4g} ({floor:,} parameters, "
+        f"{rest:,} of them in what no rule touches). Most is held by: {biggest}"
+    )
+
+
+def narrowed(
+    assignment: Assignment, menus: Mapping[str, Sequence[Structure]], limits: Limits, *, uniform: bool
+) -> Mapping[str, Sequence[Structure]]:
+    """What to price: structures around the average compression, wider until the limits can be kept, or all.
+
+    A site that cannot be compressed nearly that much keeps its smallest structure.
+
+    Raises:
+        BudgetError: nothing is fast enough.
+    """
+    average = sum(site.num_params for site, _ in assignment.chosen) / max(limits.params, 1)
+    smaller, larger = float(SMALLER), float(LARGER)
+
+    def near_average(site: Site) -> Sequence[Structure]:
+        menu = menus[site.name]
+        near = [s for s in menu if average / larger <= site.num_params / s.num_params <= average * smaller]
+        return near or sorted(menu, key=lambda s: s.num_params)[:1]
+
+    while True:
+        near = {site.name: near_average(site) for site, _ in assignment.chosen}
+        complete = near == menus
+        if complete or _fits(assignment, near, limits):
+            least_ns = 0.0 if limits.time_ns is None else _least_time_ns(assignment, near, limits, uniform=uniform)
+            if limits.time_ns is None or least_ns <= limits.time_ns:
+                return near
+            if complete:
+                raise limits.unreachable(least_ns)
+        smaller, larger = smaller * 4, larger * 4 if limits.of_work else larger
+
+
+def _fits(assignment: Assignment, menus: Mapping[str, Sequence[Structure]], limits: Limits) -> bool:
+    """Whether the smallest structures keep the limit of parameters, and the cheapest that of multiply-adds."""
+    if sum(_least(site, menus[site.name]) for site, _ in assignment.chosen) > limits.params:
+        return False
+    groups = ([choice_of(site, s, 0.0).macs for s in (None, *menus[site.name])] for site, _ in assignment.chosen)
+    return limits.macs is None or sum(map(min, groups)) <= limits.macs
+
+
+def _least_time_ns(
+    assignment: Assignment, menus: Mapping[str, Sequence[Structure]], limits: Limits, *, uniform: bool
+) -> float:
+    """Least time within the limit of parameters that the solver will find in these menus, whatever the errors."""
+    choices: dict[object, list[Choice]] = {}
+    groups: dict[object, list[object]] = {}
+    for site, decomposition in assignment.chosen:
+        key = (decomposition, site.rows, site.cols, site.kinds, site.extra_params)
+        if key not in choices:
+            choices[key] = [choice_of(site, s, 0.0) for s in (None, *menus[site.name])]
+        groups.setdefault(key if uniform else site.name, []).append(key)
+    size = choices_each(len(groups))
+    return least_time_ns([_alike(choices[keys[0]], len(keys), size) for keys in groups.values()], limits.params)
+
+
+def _alike(choices: Sequence[Choice], number: int, size: int) -> list[Choice]:
+    """The fast choices of as many equal sites together."""
+    kept = [choices[i] for i in thinned(choices, size, of_loss=False, of_work=True)]
+    return [Choice(number * c.params, number * c.macs, 0.0, number * c.time_ns) for c in kept]
+
+
+def _least(site: Site, menu: Sequence[Structure]) -> int:
+    """Fewest parameters that a site can have."""
+    return min((s.num_params + site.extra_params for s in menu), default=site.num_params)
