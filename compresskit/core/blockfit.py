@@ -173,7 +173,7 @@ def _refined(problem: _Problem, start: Blocks, rounds: int) -> tuple[Blocks, flo
         before, kept, least = (kept if number else None), here.place(), here.error
         if before is not None and number + 1 < rounds:
             here = here.beyond(before, (number + 1) ** GROWTH)
-    return kept[0], least
+    return kept[0], _Descent(problem, *kept).error  # what was subtracted step by step has drifted
 
 
 def _shaken(blocks: Blocks) -> Blocks:

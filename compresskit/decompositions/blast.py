@@ -32,10 +32,9 @@ MAX_BLOCKS = 8
 """Blocks along a side that the menu offers at most. More fit better, but their coupling costs time."""
 RANK_STEP = 1.02
 """Neighbouring ranks of the menu."""
-ANCHORS = (0.1, 0.25, 0.5, 0.8)
-"""Shares of the highest rank that are fitted for prices. What is gained over the SVD is near a power of the rank, and
-so it is interpolated between them, and continued beyond. On MiniLM, weighted or not, that is within 2 % of the error of
-the fit; where next to nothing is saved, it is too high, by up to 12 % at the highest rank."""
+ANCHORS = (0.1, 0.25, 0.5, 0.8, 0.9, 1)
+"""Shares of the highest rank that are fitted for prices, if ranks beside them are asked for. What is gained over the
+SVD is near a power of the rank, and so it is interpolated between them, and continued below."""
 FEW_RANKS = 32
 """Up to so many ranks of a weight are all fitted: such fits are fast, and small weights differ from rank to rank."""
 CAUTION = 0.12
@@ -349,10 +348,16 @@ class _BlastAnalysis(Analysis):
         """The fit; where an interpolated price was lower, after more rounds."""
         blocks = self._fit(structure, self._rounds)
         for rounds in (2 * self._rounds, 4 * self._rounds):
-            if self._error(blocks) <= self._promised.get(structure, float("inf")) * (1 + ROUNDING):
+            if self._error(blocks) <= self._promise(structure) * (1 + ROUNDING):
                 break
             blocks = self._fit(structure, rounds)
         return blocks
+
+    def _promise(self, structure: BlastBlocks) -> float:
+        """Its price, for the scaled weight, whether it has been asked for or not: fits do not depend on that."""
+        if structure not in self._promised:
+            self.squared_errors([structure])
+        return self._promised[structure]
 
     def _error(self, blocks: Blocks) -> float:
         """Squared error of the scaled weight, weighted if there is an importance."""
