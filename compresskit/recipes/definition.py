@@ -36,14 +36,31 @@ class ShapeRule:
     optional: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Plain:
+    """The fields of `Compressed` that are numbers and texts."""
+
+    method: str | None = None
+    uniform: bool = False
+    ratio: float | None = None
+    rank_hidden_size: int | None = None
+    allow_slower: bool = False
+    calibration: int = 0
+
+    def __post_init__(self) -> None:
+        if self.calibration < 0:
+            raise OptionError(f"calibration is {self.calibration} texts; 0 or more are expected")
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
-class Compressed:
+class Compressed(_Plain):
     """A student that is the teacher with factorised layers.
 
     Args:
         rules: structures that need no size; used unless a ratio is asked for.
         method, options, uniform: of `compresskit.compress`, for a student of a given ratio.
+        methods: with a ratio: pattern and method of layers that get another one.
         exclude: patterns of layers that stay dense.
         ratio: asked for unless the caller does.
         rank_hidden_size: ranks in `rules` are for a model of this hidden size; others scale in proportion.
@@ -53,18 +70,9 @@ class Compressed:
     """
 
     rules: tuple[ShapeRule, ...] = ()
-    method: str | None = None
     options: Mapping[str, str] = field(default_factory=dict)
-    uniform: bool = False
+    methods: Mapping[str, str] = field(default_factory=dict)
     exclude: tuple[str, ...] = ()
-    ratio: float | None = None
-    rank_hidden_size: int | None = None
-    allow_slower: bool = False
-    calibration: int = 0
-
-    def __post_init__(self) -> None:
-        if self.calibration < 0:
-            raise OptionError(f"calibration is {self.calibration} texts; 0 or more are expected")
 
 
 @final
@@ -239,24 +247,16 @@ def _compressed(table: Any, where: str) -> Compressed:
     made = Compressed(
         rules=tuple(_rule(rule, f"{where}.rules") for rule in rules),
         options=_options(table.get("options", {}), f"{where}.options"),
+        methods=_options(table.get("methods", {}), f"{where}.methods"),
         exclude=tuple(exclude),
         **_checked(_Plain, table, where),
     )
+    for pattern, name in made.methods.items():
+        if not (pattern and name):
+            raise OptionError(f"{where}.methods: a pattern and a method are texts, got {pattern!r} = {name!r}")
     if not made.rules and made.method is None:
         raise OptionError(f"{where} has neither rules nor a method")
     return made
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Plain:
-    """The fields of `Compressed` that are numbers and texts."""
-
-    method: str | None = None
-    uniform: bool = False
-    ratio: float | None = None
-    rank_hidden_size: int | None = None
-    allow_slower: bool = False
-    calibration: int = 0
 
 
 def _rule(rule: Any, where: str) -> ShapeRule:

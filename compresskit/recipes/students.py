@@ -101,6 +101,7 @@ def compression_plan(
     return plan(
         model,
         decomposition(student.method, student.options),
+        rules={pattern: decomposition(name) for pattern, name in student.methods.items()},
         ratio=ratio,
         params=params,
         exclude=student.exclude,

@@ -138,6 +138,8 @@ def test_an_unknown_preset_names_the_nearest(name, error, match):
         ('method = "svd"', "rules = [{ pattern = 3 }]", r"my\.toml: compress\.rules: a rule is a table with a pattern"),
         ('method = "svd"', "", r"my\.toml: compress has neither rules nor a method"),
         ("[compress]", "[smaller]\n[compress]", r"one table \[compress\] or \[smaller\], this one has 2"),
+        ("calibration = 0", "calibration = -1", r"my\.toml: compress: calibration is -1 texts; 0 or more are expected"),
+        ('method = "svd"', 'method = "svd"\nmethods = "svd"', r"my\.toml: compress\.methods is a table, not 'svd'"),
         ("uniform = true", "uniform = 3", r"my\.toml: compress: option 'uniform' takes true or false, got '3'"),
         ("[compress]", "[compress", r"my\.toml is not TOML: .*line"),
     ],
@@ -175,6 +177,17 @@ def test_a_ratio_replaces_the_shapes_of_a_variant():
     assert found.ratio >= 2.5
     shapes = {(p.site.rows, p.site.cols, p.site.kinds): p.structure for p in found.sites}
     assert all(p.structure == shapes[p.site.rows, p.site.cols, p.site.kinds] for p in found.sites)  # uniform
+
+
+def test_some_layers_get_another_method():
+    model = transformers.BertModel(config())
+    found = recipes.compression_plan(recipes.preset("kronecker-svd-kd"), model, ratio=2)
+    assert found.ratio >= 2
+    kinds = {p.site.name.startswith("embeddings."): type(p.structure).kind for p in found.sites}
+    assert kinds == {True: "low-rank", False: "kronecker"}
+    edited = recipes.preset("kronecker-svd-kd").with_values({"compress.methods": {"*embeddings*": "svdd"}})
+    with pytest.raises(UnknownNameError, match="'svdd'; did you mean 'svd'"):
+        recipes.compression_plan(edited, model, ratio=2)
 
 
 def test_one_student_under_two_heads_has_the_same_encoder_structures():
