@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compresskit_cli.memory import return_large_blocks
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -51,6 +53,7 @@ def load(model: str, *, revision: str | None, dtype: str, device: str, seed: int
     from compresskit.hub import load_model, read_map, resolve
 
     quiet_transformers()
+    return_large_blocks()
     torch.manual_seed(seed)
     where = usable_device(device)
     folder = resolve(model, revision)
