@@ -22,6 +22,7 @@ from compresskit.core.blockfit import BlockFit, Blocks
 from compresskit.core.chain import Chain, Step
 from compresskit.core.cost import Gemm, Operation, Pass
 from compresskit.core.decomposition import Analysis, Decomposition
+from compresskit.core.grid import Pair, check_grid, grid_sizes
 from compresskit.core.importance import Importance, Moment
 from compresskit.core.registry import register
 from compresskit.core.structure import Factor, Structure, TensorSpec, tensor_of
@@ -44,8 +45,6 @@ ROUNDING = 1e-5
 LEAST_GAIN = 1e-6
 """What counts as none, as a share of the squared error, and as all but this share."""
 
-Pair = tuple[int, int]
-
 
 @final
 @dataclass(frozen=True)
@@ -62,20 +61,14 @@ class BlastBlocks(Structure):
     rank: int
 
     def validate(self) -> None:
-        if len(self.blocks) != 2 or min(*self.blocks, self.rank) < 1:
-            raise StructureError(f"a BLAST matrix has two numbers of blocks and a rank, at least 1, got {self}")
-        if self.rows % self.blocks[0] or self.cols % self.blocks[1]:
-            raise StructureError(
-                f"{self.rows} x {self.cols} cannot be cut in {self.blocks[0]} x {self.blocks[1]} blocks"
-            )
+        check_grid("a BLAST matrix", self.rows, self.cols, self.blocks, self.rank)
         if self.rank > min(self.rows, self.cols):
             raise StructureError(f"the rank of a {self.rows} x {self.cols} weight is 1 to {min(self.rows, self.cols)}")
 
     @property
     def _sizes(self) -> tuple[int, int, int, int]:
         """p, q, rows and cols of a block."""
-        p, q = self.blocks
-        return p, q, self.rows // p, self.cols // q
+        return grid_sizes(self.rows, self.cols, self.blocks)
 
     def factor_specs(self) -> dict[str, TensorSpec]:
         p, q, m, n = self._sizes

@@ -23,6 +23,7 @@ from compresskit.core.chain import Chain, LastAxis, Step
 from compresskit.core.cost import Gemm, Operation, Pass
 from compresskit.core.decomposition import Analysis, Decomposition
 from compresskit.core.folding import gram
+from compresskit.core.grid import Pair, check_grid, grid_sizes
 from compresskit.core.importance import Importance, Metric, Moment
 from compresskit.core.registry import register
 from compresskit.core.structure import Factor, Structure, TensorSpec, linear, tensor_of
@@ -31,8 +32,6 @@ from compresskit.errors import OptionError, StructureError
 GRIDS = ((2, 1), (1, 2), (2, 2), (4, 1), (1, 4), (4, 4))
 """Numbers of blocks along rows and columns that the menu offers; those that keep the most."""
 RANK_STEP = 1.05
-
-Pair = tuple[int, int]
 
 
 @final
@@ -50,12 +49,7 @@ class MonarchBlocks(Structure):
     rank: int
 
     def validate(self) -> None:
-        if len(self.blocks) != 2 or min(*self.blocks, self.rank) < 1:
-            raise StructureError(f"a Monarch matrix has two numbers of blocks and a rank, at least 1, got {self}")
-        if self.rows % self.blocks[0] or self.cols % self.blocks[1]:
-            raise StructureError(
-                f"{self.rows} x {self.cols} cannot be cut in {self.blocks[0]} x {self.blocks[1]} blocks"
-            )
+        check_grid("a Monarch matrix", self.rows, self.cols, self.blocks, self.rank)
         _, _, m, n = self._sizes
         if self.rank > min(m, n):
             raise StructureError(f"the rank of a block of {m} x {n} is 1 to {min(m, n)}, got {self.rank}")
@@ -63,8 +57,7 @@ class MonarchBlocks(Structure):
     @property
     def _sizes(self) -> tuple[int, int, int, int]:
         """p, q, rows and cols of a block."""
-        p, q = self.blocks
-        return p, q, self.rows // p, self.cols // q
+        return grid_sizes(self.rows, self.cols, self.blocks)
 
     def factor_specs(self) -> dict[str, TensorSpec]:
         p, q, m, n = self._sizes

@@ -18,6 +18,7 @@ from compresskit.decompositions.tucker import TuckerTensor
 from compresskit.errors import StructureError
 from compresskit.testing import CHECKS
 from compresskit.testing.cases import normal, spread
+from tests.core.autocast import check_training_under_autocast
 
 STRUCTURES = [
     LowRank(12, 8, 6),
@@ -131,17 +132,7 @@ def test_frozen_factors_keep_nothing(structure):
 @pytest.mark.parametrize("structure", STRUCTURES, ids=str)
 @pytest.mark.usefixtures("few")
 def test_training_under_autocast_is_in_bfloat16_and_fills_float32_gradients(structure):
-    layer = layer_of(structure, torch.float32)
-    x = normal(20, structure.cols, dtype=torch.float32).requires_grad_()
-    upstream = normal(20, structure.rows, dtype=torch.float32, seed=3)
-    tensors = [x, *layer.parameters()]
-    expected = torch.autograd.grad(layer(x), tensors, upstream)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = layer(x)
-    assert y.dtype == torch.bfloat16
-    for found, wanted in zip(torch.autograd.grad(y, tensors, upstream.bfloat16()), expected, strict=True):
-        assert found.dtype == torch.float32
-        torch.testing.assert_close(found, wanted, rtol=0, atol=0.05 * float(wanted.abs().max()))
+    check_training_under_autocast(layer_of(structure, torch.float32))
 
 
 @pytest.mark.parametrize("structure", STRUCTURES, ids=str)

@@ -9,6 +9,7 @@ from compresskit.core.modules import FactorizedLinear
 from compresskit.decompositions.kronecker import KroneckerSum
 from compresskit.errors import StructureError
 from compresskit.testing.cases import normal
+from tests.core.autocast import check_training_under_autocast
 
 FORMS = [
     (12, 12, (2, 2), (6, 6), 1),
@@ -123,17 +124,7 @@ def test_narrow_dtypes(form, dtype):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_training_under_autocast_is_in_bfloat16_and_fills_float32_gradients(form):
-    layer = layer_of(form, torch.float32)
-    x = normal(20, layer.in_features, dtype=torch.float32).requires_grad_()
-    upstream = normal(20, layer.out_features, dtype=torch.float32, seed=3)
-    tensors = [x, *layer.parameters()]
-    expected = torch.autograd.grad(layer(x), tensors, upstream)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = layer(x)
-    assert y.dtype == torch.bfloat16
-    for found, wanted in zip(torch.autograd.grad(y, tensors, upstream.bfloat16()), expected, strict=True):
-        assert found.dtype == torch.float32
-        torch.testing.assert_close(found, wanted, rtol=0, atol=0.05 * float(wanted.abs().max()))
+    check_training_under_autocast(layer_of(form, torch.float32))
 
 
 @pytest.mark.parametrize("form", FORMS)
