@@ -12,10 +12,10 @@ from benchmarks.experiments import Experiment, ExperimentSkipped, Outcome, Suite
 
 STAGES = ("two", "one")
 TEACHERS: Mapping[str, Mapping[str, Any]] = {
-    "mrpc": {"epochs": 5.0, "lr": 5e-5, "batch_size": 16},
-    "rte": {"epochs": 6.0, "lr": 5e-5, "batch_size": 16},
-    "cola": {"epochs": 5.0, "lr": 5e-5},
-    "stsb": {"epochs": 5.0, "lr": 5e-5, "batch_size": 16},
+    "mrpc": {"epochs": 3.0, "lr": 5e-5, "batch_size": 16},
+    "rte": {"epochs": 4.0, "lr": 5e-5, "batch_size": 16},
+    "cola": {"epochs": 4.0, "lr": 5e-5},
+    "stsb": {"epochs": 3.0, "lr": 5e-5, "batch_size": 16},
     "sst2": {"epochs": 2.0, "lr": 5e-5},
 }
 """How the teacher of a task is trained; the defaults of `TrainSettings` where nothing stands here."""
