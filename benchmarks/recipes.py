@@ -129,6 +129,8 @@ class Workshop:
             data=data,
             student=student,
             ratio=ratio if student is None else None,
+            cache=self.work / "answers",
+            cache_teacher=True,
             resume=interrupted_run(run),
         )
         close_run(run)
