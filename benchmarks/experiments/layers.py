@@ -9,20 +9,16 @@ with the engine's way back through the two calls, the bias's gradient, and writi
 `floor + (dense - floor) / limit`; a layer's share of that stands beside its share of the bare limit.
 """
 
-import ctypes
 import math
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, final
 
 from benchmarks.experiments import Experiment, Outcome, SuiteError
+from benchmarks.memory import keep_memory
 from benchmarks.timing import interleave, median_ratio, timed_block
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Of glibc's `mallopt`."""
 
 
 @final
@@ -58,7 +54,7 @@ class Layers(Experiment):
     def run(self, data: Path | None) -> Outcome:
         import torch
 
-        skipped = _keep_memory() if self.memory == "kept" else {}
+        skipped = keep_memory() if self.memory == "kept" else {}
         if self.mode == "compile":  # layers of all structures share one forward method, and each is a recompilation
             torch._dynamo.config.recompile_limit = 8 * (len(self.structures) + 1)
         torch.manual_seed(self.seed)
@@ -160,16 +156,6 @@ def _possible(floor: float, limit: float) -> float:
 
 def _summary(shares: Sequence[float]) -> str:
     return f"{statistics.median(shares):.2f} (from {min(shares):.2f})"
-
-
-def _keep_memory() -> dict[str, str]:
-    """Tell the C library to keep freed memory; the reason if it is one that cannot be told."""
-    if not sys.platform.startswith("linux"):
-        return {"memory": "only glibc can be told to keep freed memory"}
-    libc = ctypes.CDLL(None)
-    if not (libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)):
-        return {"memory": "the C library refuses to keep freed memory"}
-    return {}
 
 
 def _touch(out_features: int) -> Callable[[Any], object]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, final
 
 from benchmarks.experiments import Experiment, Outcome, SuiteError
+from benchmarks.memory import keep_memory
 from benchmarks.timing import interleave, median_ratio, timed_block
 
 TARGET = 2.0
@@ -31,6 +32,8 @@ class Lookups(Experiment):
         structures: each the options that leave one structure in the method's menu, as `key=value key=value`.
         shape: of the table, rows x columns.
         tokens: that are looked up at a time, random ones.
+        memory: `kept`: freed memory is kept; `system`: as the C library does, where some outputs get fresh pages and
+            others do not.
         repeats: rounds; the figures are their medians.
     """
 
@@ -40,11 +43,13 @@ class Lookups(Experiment):
     structures: tuple[str, ...]
     shape: str = "30522x768"
     tokens: tuple[int, ...] = (1, 128, 4096)
+    memory: str = "kept"
     repeats: int = 9
 
     def run(self, data: Path | None) -> Outcome:
         import torch
 
+        skipped = keep_memory() if self.memory == "kept" else {}
         torch.manual_seed(self.seed)
         rows, cols = (int(side) for side in self.shape.split("x"))
         dense = torch.nn.Embedding(rows, cols)
@@ -67,7 +72,7 @@ class Lookups(Experiment):
                     figures[text]["time"][str(count)] = median_ratio(times[text], times["dense"])
                     floor = _floor(times, layer.structure.lookup_macs * count)
                     figures[text]["floor"][str(count)] = median_ratio(floor, times["dense"])
-        return Outcome({"structures": figures})
+        return Outcome({"structures": figures}, skipped)
 
     def _layer(self, text: str, rows: int, cols: int) -> Any:
         import torch

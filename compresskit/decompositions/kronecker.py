@@ -16,6 +16,7 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor
 
+from compresskit.core.autograd import is_traced
 from compresskit.core.chain import FirstAxis
 from compresskit.core.cost import Gemm, Operation, Pass
 from compresskit.core.decomposition import Analysis, Decomposition, squared_norm
@@ -189,7 +190,12 @@ class KroneckerSum(Structure):
             grid = small.view(q, 1) * row.unsqueeze(-2) if self.small_left else row.unsqueeze(-1) * small.view(q)
             return grid.flatten(-2)
         small = small.view(q, k) if self.wide_first else small.view(k, q).t()  # (q, terms)
-        rows = self._wide_rows(index, wide).reshape(-1, k, s)
+        rows = self._wide_rows(index, wide)
+        if index.numel() == 1 and not is_traced():  # one token: fewer calls
+            row = rows.view(k, s)
+            grid = torch.mm(small, row) if self.small_left else torch.mm(row.t(), small.t())
+            return grid.view(*index.shape, self.cols)
+        rows = rows.reshape(-1, k, s)
         smalls = small.expand(rows.shape[0], q, k)
         grid = torch.bmm(smalls, rows) if self.small_left else torch.bmm(rows.mT, smalls.mT)
         return grid.view(*index.shape, self.cols)
