@@ -15,6 +15,7 @@ TEXTS = "text"
 BATCH = 32
 HOWS = ("plain", "weighted", "gradients", "sequential", "refined")
 ENCODER = "encoder.*"
+SENSITIVITIES = ("parameters", "balanced")
 KEPT = ("relative_error", "weighted_error", "params_after", "time_s")
 
 
@@ -32,6 +33,8 @@ class DataAware(Experiment):
         model: `minilm`, or a random one.
         samples, max_tokens: of the texts that the fits see; max_tokens of a text.
         epochs: of refinement.
+        sensitivity: what a layer's error counts: `parameters`, as many as it has, or `balanced`, also by what it does
+            to the model's output.
     """
 
     kind: ClassVar[str] = "data-aware"
@@ -43,6 +46,11 @@ class DataAware(Experiment):
     samples: int = 128
     max_tokens: int = 128
     epochs: int = 10
+    sensitivity: str = SENSITIVITIES[0]
+
+    def configuration(self) -> dict[str, Any]:
+        """Sensitivities came later: by parameters, results from before them stay current."""
+        return {k: v for k, v in super().configuration().items() if k != "sensitivity" or v != SENSITIVITIES[0]}
 
     def run(self, data: Path | None) -> Outcome:
         from benchmarks.embeddings import agreement, embed, read_sentences, read_sts_b
@@ -53,6 +61,8 @@ class DataAware(Experiment):
             raise ExperimentSkipped(f"the folder of --data has no folder {TEXTS!r} with texts to calibrate on")
         if self.scope not in ("whole", "encoder"):
             raise SuiteError(f"scope is whole or encoder, got {self.scope!r}")
+        if self.sensitivity not in SENSITIVITIES:
+            raise SuiteError(f"sensitivity is {' or '.join(SENSITIVITIES)}, got {self.sensitivity!r}")
         sentences, sts_b = read_sentences(), None if data is None else read_sts_b(data / STS_B)
         dense, tokenizer = load_model(self.model, seed=self.seed, sentences=sentences)
         texts = sentences if data is None else data / TEXTS
@@ -105,11 +115,17 @@ class DataAware(Experiment):
             params=budget,
             include=include,
             calibration=None if how == "plain" else moments,
+            sensitivities=None if self.sensitivity == SENSITIVITIES[0] else self._balanced(small, moments, batches),
             samples=batches if how in ("sequential", "refined") else None,
             sequential=how in ("sequential", "refined"),
             refine=Refine(epochs=self.epochs) if how == "refined" else None,
         ).to_json()
         return small, {name: report[name] for name in KEPT}
+
+    def _balanced(self, model: Any, moments: Any, batches: Any) -> Mapping[str, float]:
+        from compresskit.calibration import balanced, measure_sensitivities
+
+        return balanced(model, measure_sensitivities(model, batches[: len(batches) // 4], moments))
 
     def _budget(self, dense: Any) -> int:
         """Parameters that the whole compressed model may have."""

@@ -27,8 +27,10 @@ def merged(table: Table, other: Table) -> dict[str, Any]:
 def set_value(table: Table, name: str, value: Any) -> dict[str, Any]:
     """`table` with the value at a dotted name, and without what `tasks` beside it says for single tasks.
 
+    In a list of tables the next part is the `name` of one of them, as in `corpus.loss.hidden-states.weight`.
+
     Raises:
-        OptionError: a part of the name is no table.
+        OptionError: a part of the name is no table, or none in the list.
     """
     key, _, rest = name.partition(".")
     if not rest:
@@ -37,9 +39,21 @@ def set_value(table: Table, name: str, value: Any) -> dict[str, Any]:
         result = {k: v for k, v in {**table, key: value}.items() if k not in without}
         return {**result, "tasks": tasks} if tasks else result
     inner = table.get(key, {})
+    if _is_block(key, inner):
+        return {**table, key: _set_in_list(inner, rest, value)}
     if not isinstance(inner, Mapping):
         raise OptionError(f"{key!r} is no table but {inner!r}, so there is no {name!r}")
     return {**table, key: set_value(inner, rest, value)}
+
+
+def _set_in_list(tables: list[Table], name: str, value: Any) -> list[Table]:
+    wanted, _, rest = name.partition(".")
+    names = [str(table.get("name")) for table in tables]
+    if wanted not in names or not rest:
+        raise OptionError(
+            f"{name!r} says no value of a loss that is here: NAME.OPTION with NAME one of {', '.join(names)}"
+        )
+    return [set_value(table, rest, value) if own == wanted else table for table, own in zip(tables, names, strict=True)]
 
 
 def read_tables(text: str) -> dict[str, Any]:

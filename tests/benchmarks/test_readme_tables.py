@@ -1,4 +1,4 @@
-"""The README's table of distilled models is that of the committed results."""
+"""The README's tables of quality are those of the committed results."""
 
 import json
 import re
@@ -6,10 +6,28 @@ import re
 from benchmarks.machine import ROOT
 from benchmarks.runner import RESULTS
 
-SECTION = re.search(r"^### After distillation\n(.*?)(?=^##)", (ROOT / "README.md").read_text("utf-8"), re.M | re.S)
+README = (ROOT / "README.md").read_text("utf-8")
+FITS = (
+    *("svd plain", "svd weighted", "svd sequential", "svd refined", "svd refined, balanced", "svd-llm", "asvd"),
+    *("kronecker plain", "kronecker weighted", "tucker plain", "tucker weighted"),
+)
 
 
-def row(result):
+def results_of(suite):
+    return [json.loads(path.read_text("utf-8")) for path in sorted((RESULTS / suite).glob("*.json"))]
+
+
+def rows_below(heading, first):
+    section = re.search(rf"^##+ {heading}\n(.*?)(?=^##|\Z)", README, re.M | re.S)
+    assert section is not None
+    return [line for line in section[1].splitlines() if line.startswith(tuple(f"| {cell}" for cell in first))]
+
+
+def line_of(cells):
+    return f"| {' | '.join(cells)} |"
+
+
+def distilled_row(result):
     configuration, figures = result["configuration"], result["figures"]
     part = {"model": "whole model", "encoder": "encoder alone"}[configuration["part"]]
     scores = [figures[when]["sts_b"] for when in ("before", "after")]
@@ -24,12 +42,54 @@ def row(result):
         f"{scores[1] / figures['dense']['sts_b']:.1%}",
         "-" if projected else f"{figures['after']['hidden_error']:.3f}",
     ]
-    return f"| {' | '.join(cells)} |"
+    return line_of(cells)
+
+
+def task_row(result):
+    figures, configuration = result["figures"], result["configuration"]
+    primary, alone = figures["primary"], ", task stage alone" if configuration["stages"] == "one" else ""
+    cells = [
+        f"{configuration['task']}, {configuration['ratio']:g}",
+        configuration["preset"] + alone,
+        f"{figures['parameters']:,}",
+        primary,
+        *(f"{scores[primary]:.3f}" for scores in (figures["teacher"], figures["metrics"])),
+        f"{figures['kept']:.1%}",
+    ]
+    return line_of(cells)
+
+
+def data_aware_rows(results):
+    """One row for each part and ratio; what several experiments have measured, they agree on."""
+    found = {}
+    for result in results:
+        configuration = result["configuration"]
+        part = {"whole": "whole model", "encoder": "encoder alone"}[configuration["scope"]]
+        cells = found.setdefault(f"{part}, {configuration['ratio']:g}", {})
+        balanced = ", balanced" if "sensitivity" in configuration else ""
+        for name, figures in result["figures"]["fits"].items():
+            fit = name + balanced
+            said = f"{figures['sts_b']:.3f}"
+            assert cells.setdefault(fit, said) == said
+    return [line_of([name, *(cells.get(fit, "") for fit in FITS)]) for name, cells in found.items()]
 
 
 def test_every_result_of_corpus_distillation_is_a_row_and_there_is_no_other():
-    results = [json.loads(path.read_text("utf-8")) for path in (RESULTS / "corpus-distill").glob("*.json")]
-    assert SECTION is not None
-    rows = [line for line in SECTION[1].splitlines() if line.startswith(("| whole model", "| encoder alone"))]
+    results = results_of("corpus-distill")
     assert results
-    assert sorted(rows) == sorted(map(row, results))
+    rows = rows_below("After distillation", ("whole model", "encoder alone"))
+    assert sorted(rows) == sorted(map(distilled_row, results))
+
+
+def test_every_result_on_a_task_is_a_row_and_there_is_no_other():
+    results = results_of("recipe")
+    assert results
+    rows = rows_below("On tasks", ("mrpc", "stsb", "rte", "cola", "sst2"))
+    assert sorted(rows) == sorted(map(task_row, results))
+
+
+def test_every_data_aware_fit_that_was_measured_is_in_the_table_and_no_other():
+    results = results_of("data-aware")
+    assert results
+    rows = rows_below("With some texts, without training", ("whole model", "encoder alone"))
+    assert sorted(rows) == sorted(data_aware_rows(results))

@@ -111,6 +111,19 @@ def test_values_are_changed_by_name_also_where_a_task_says_otherwise():
     assert found.corpus.settings.max_steps is None
 
 
+def test_an_option_of_one_loss_is_changed_by_its_name():
+    found = recipes.preset("svd-kd")
+    changed = found.with_texts({"corpus.loss.attention-scores.weight": "0.1"})
+    assert [loss.weight for loss in changed.corpus.objective.losses] == [1, 0.1, 1]
+    assert [loss.weight for loss in changed.task.for_task("rte").objective.losses] == [1] * 5
+    with pytest.raises(
+        OptionError, match=r"'maps.weight' says no value of a loss .* embeddings, attention-scores, hidden"
+    ):
+        found.with_values({"corpus.loss.maps.weight": 0.1})
+    with pytest.raises(UnknownNameError, match="wieght"):
+        found.with_values({"task.loss.logits.wieght": 0.1})
+
+
 @pytest.mark.parametrize(
     ("name", "error", "match"),
     [
