@@ -226,6 +226,22 @@ def test_each_term_is_split_evenly_and_the_terms_are_ordered():
     torch.testing.assert_close(wide.flatten(1).norm(dim=1), roots, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("sides", [((1, 4), (30, 6)), ((30, 6), (1, 4))])
+@pytest.mark.parametrize("terms", [1, 2, 3])
+def test_one_token_is_looked_up_as_many_are(sides, terms):
+    structure = KroneckerSum(30, 24, *sides, terms)
+    factors = Kronecker().fit(sample_weight(30, 24, torch.float64), structure=structure).factors
+    factors = {name: factor.requires_grad_() for name, factor in factors.items()}
+    many = structure.take_rows(torch.arange(30), factors)
+    for index in (torch.tensor(7), torch.tensor([7]), torch.tensor([[7]])):
+        one = structure.take_rows(index, factors)
+        assert one.shape == (*index.shape, 24)
+        torch.testing.assert_close(one.flatten(), many[7], rtol=1e-12, atol=1e-12)
+        ours = torch.autograd.grad(one.sum(), list(factors.values()), retain_graph=True)
+        theirs = torch.autograd.grad(many[7].sum(), list(factors.values()), retain_graph=True)
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("left", "right", "terms", "message"),
     [
