@@ -47,10 +47,14 @@ def distilled_row(result):
 
 def task_row(result):
     figures, configuration = result["figures"], result["configuration"]
-    primary, alone = figures["primary"], ", task stage alone" if configuration["stages"] == "one" else ""
+    primary, settings = figures["primary"], " ".join(configuration["settings"])
+    said = {
+        ", task stage alone": configuration["stages"] == "one",
+        ", balanced": "attention-scores.weight" in settings and "compress.calibration" in settings,
+    }
     cells = [
         f"{configuration['task']}, {configuration['ratio']:g}",
-        configuration["preset"] + alone,
+        configuration["preset"] + "".join(text for text, true in said.items() if true),
         f"{figures['parameters']:,}",
         primary,
         *(f"{scores[primary]:.3f}" for scores in (figures["teacher"], figures["metrics"])),
