@@ -45,6 +45,8 @@ class Experiment(ABC):
     """
 
     kind: ClassVar[str]
+    later: ClassVar[tuple[str, ...]] = ()
+    """Options that came when there were results: left out where they are the default, so that those stay current."""
 
     seed: int = 0
     threads: int = 2
@@ -80,7 +82,10 @@ class Experiment(ABC):
 
     def configuration(self) -> dict[str, Any]:
         """Everything that decides what is measured, as it reads back from JSON."""
-        options = dataclasses.asdict(self)
+        plain = {
+            f.name for f in dataclasses.fields(self) if f.name in self.later and getattr(self, f.name) == f.default
+        }
+        options = {k: v for k, v in dataclasses.asdict(self).items() if k not in plain}
         return {"kind": self.kind} | {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
 
 

@@ -39,6 +39,7 @@ class CorpusDistill(Experiment):
     """
 
     kind: ClassVar[str] = "corpus-distill"
+    later: ClassVar[tuple[str, ...]] = ("rules",)
 
     method: str
     ratio: float
@@ -60,10 +61,6 @@ class CorpusDistill(Experiment):
     dtype: str = "float32"
     eval_steps: int = 100
     rules: tuple[str, ...] = ()
-
-    def configuration(self) -> dict[str, Any]:
-        """Rules came later: where there are none, results from before them stay current."""
-        return {key: value for key, value in super().configuration().items() if key != "rules" or value}
 
     def run(self, data: Path | None) -> Outcome:
         with TemporaryDirectory() as work:

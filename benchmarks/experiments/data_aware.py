@@ -38,6 +38,7 @@ class DataAware(Experiment):
     """
 
     kind: ClassVar[str] = "data-aware"
+    later: ClassVar[tuple[str, ...]] = ("sensitivity",)
 
     fits: tuple[str, ...]
     scope: str
@@ -47,10 +48,6 @@ class DataAware(Experiment):
     max_tokens: int = 128
     epochs: int = 10
     sensitivity: str = SENSITIVITIES[0]
-
-    def configuration(self) -> dict[str, Any]:
-        """Sensitivities came later: by parameters, results from before them stay current."""
-        return {k: v for k, v in super().configuration().items() if k != "sensitivity" or v != SENSITIVITIES[0]}
 
     def run(self, data: Path | None) -> Outcome:
         from benchmarks.embeddings import agreement, embed, read_sentences, read_sts_b
@@ -77,8 +74,9 @@ class DataAware(Experiment):
             "calibration": {"time_s": calibrate_time_s, "tokens": moments.tokens, "memory_bytes": moments.memory_bytes},
             "fits": {},
         }
+        weights = self._sensitivities(dense, moments, batches)
         for fit in self.fits:
-            small, report = self._fit(dense, fit, moments, batches)
+            small, report = self._fit(dense, fit, moments, batches, weights)
             figures["fits"][fit] = {
                 **report,
                 **agreement(embed(small, tokenizer, sentences), wanted),
@@ -86,7 +84,9 @@ class DataAware(Experiment):
             }
         return Outcome(figures, {} if sts_b is not None else {"sts_b": "no folder was given with --data"})
 
-    def _fit(self, dense: Any, fit: str, moments: Any, batches: Any) -> tuple[Any, dict[str, Any]]:
+    def _fit(
+        self, dense: Any, fit: str, moments: Any, batches: Any, sensitivities: Mapping[str, float] | None
+    ) -> tuple[Any, dict[str, Any]]:
         """A compressed copy, and what is kept of the report."""
         import compresskit
         from benchmarks.baselines import BASELINES, baseline_
@@ -115,16 +115,19 @@ class DataAware(Experiment):
             params=budget,
             include=include,
             calibration=None if how == "plain" else moments,
-            sensitivities=None if self.sensitivity == SENSITIVITIES[0] else self._balanced(small, moments, batches),
+            sensitivities=sensitivities,
             samples=batches if how in ("sequential", "refined") else None,
             sequential=how in ("sequential", "refined"),
             refine=Refine(epochs=self.epochs) if how == "refined" else None,
         ).to_json()
         return small, {name: report[name] for name in KEPT}
 
-    def _balanced(self, model: Any, moments: Any, batches: Any) -> Mapping[str, float]:
+    def _sensitivities(self, model: Any, moments: Any, batches: Any) -> Mapping[str, float] | None:
+        """What layers count; None: as many as they have parameters."""
         from compresskit.calibration import balanced, measure_sensitivities
 
+        if self.sensitivity == SENSITIVITIES[0]:
+            return None
         return balanced(model, measure_sensitivities(model, batches[: len(batches) // 4], moments))
 
     def _budget(self, dense: Any) -> int:

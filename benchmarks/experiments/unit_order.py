@@ -83,10 +83,9 @@ def _side(text: str) -> Side:
 
 
 def _nearest(weight: Any, small: Side) -> Any:
-    """The nearest left (p, q) (x) right, as a matrix; Van Loan and Pitsianis 1993."""
-    import torch
+    """The nearest left (p, q) (x) right, as a matrix."""
+    from compresskit.decompositions.kronecker import Kronecker, KroneckerSum
 
     (p, q), (rows, cols) = small, weight.shape
-    blocks = weight.view(p, rows // p, q, cols // q).transpose(1, 2).reshape(p * q, -1)
-    left = torch.linalg.eigh(blocks @ blocks.T).eigenvectors[:, -1]
-    return torch.kron(left.view(p, q), (left @ blocks).view(rows // p, cols // q))
+    structure = KroneckerSum(rows, cols, small, (rows // p, cols // q), terms=1)
+    return structure.dense(Kronecker().fit(weight, structure=structure).factors)
