@@ -84,8 +84,8 @@ def _side(text: str) -> Side:
 
 def _nearest(weight: Any, small: Side) -> Any:
     """The nearest left (p, q) (x) right, as a matrix."""
-    from compresskit.decompositions.kronecker import Kronecker, KroneckerSum
+    import compresskit
 
-    (p, q), (rows, cols) = small, weight.shape
-    structure = KroneckerSum(rows, cols, small, (rows // p, cols // q), terms=1)
-    return structure.dense(Kronecker().fit(weight, structure=structure).factors)
+    method = compresskit.Kronecker(left=small, terms=1)
+    (structure,) = method.menu(*weight.shape)
+    return structure.dense(method.fit(weight, structure=structure).factors)
