@@ -55,6 +55,9 @@ class Decomposition(ABC):
     """The structure classes that it fits; they are registered with it, so that checkpoints load."""
     prices_at_once: ClassVar[bool] = False
     """Whether a few factorisations price the whole menu, with an importance too, and not each structure a search."""
+    prices_dearly: ClassVar[bool] = False
+    """Whether prices take so much longer than those of others that, beside others, only structures near the size are
+    priced that the budget has given a weight without them."""
 
     @abstractmethod
     def menu(self, rows: int, cols: int, *, lookup: bool = False) -> Iterable[Structure]:

@@ -232,6 +232,7 @@ class Blast(Decomposition):
     source: ClassVar[str] = "Lee et al., NeurIPS 2024; started at the SVD, alternating least squares"
     structures: ClassVar[tuple[type[Structure], ...]] = (BlastBlocks,)
     prices_at_once: ClassVar[bool] = True
+    prices_dearly: ClassVar[bool] = True
 
     blocks: tuple[int, int] | None = None
     rank: int | None = None

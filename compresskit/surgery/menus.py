@@ -20,6 +20,10 @@ from compresskit.surgery.sites import Site
 
 SMALLER, LARGER = 4, 8
 """Structures between the average size over SMALLER and times LARGER are priced; more only if these do not reach."""
+NEAR = 1.5
+"""Of methods whose prices are dear, those up to so many times smaller or larger than the budget's first choice."""
+MOVED = 1.2
+"""A choice that has become so many times smaller or larger has others near it."""
 
 
 def menus_of(assignment: Assignment, *, allow_slower: bool) -> dict[str, list[Structure]]:
@@ -42,6 +46,18 @@ def _menu(site: Site, decomposition: Decomposition, *, allow_slower: bool) -> li
         if structure.num_params + site.extra_params < site.num_params
         and (allow_slower or not runs_slower(site, structure))
     ]
+
+
+def without_dear(decomposition: Decomposition, menu: Sequence[Structure]) -> list[Structure]:
+    """What to price first: structures of methods whose prices are not dear, and the smallest; all if all are dear."""
+    least = min((s.num_params for s in menu), default=0)
+    cheap = {s for s in menu if not decomposition.fitter(s).prices_dearly}
+    return [s for s in menu if not cheap or s in cheap or s.num_params == least]
+
+
+def near_size(structures: Sequence[Structure], size: int) -> list[Structure]:
+    """Those of about so many parameters."""
+    return [s for s in structures if size / NEAR <= s.num_params <= size * NEAR]
 
 
 def refuse_unreachable(

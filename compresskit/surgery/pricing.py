@@ -24,7 +24,7 @@ from compresskit.surgery.limits import (
     limits_of,
     thinned,
 )
-from compresskit.surgery.menus import menus_of, narrowed, refuse_unreachable
+from compresskit.surgery.menus import MOVED, menus_of, narrowed, near_size, refuse_unreachable, without_dear
 from compresskit.surgery.parallel import map_in_threads
 from compresskit.surgery.plan import FrontPoint, Plan, PlannedSite
 from compresskit.surgery.rules import Assignment
@@ -71,6 +71,7 @@ class _Priced:
 
     Args:
         weight: what its squared relative error counts in the loss.
+        prices: squared relative errors of all that was priced.
     """
 
     site: Site
@@ -80,6 +81,7 @@ class _Priced:
     analysis: Analysis | None
     fronts: Fronts
     weight: float
+    prices: Mapping[Structure, float]
 
     def choices(self) -> list[Choice]:
         pairs = zip(self.structures, self.errors, strict=True)
@@ -139,23 +141,55 @@ def make_plan(
         menus = narrowed(assignment, menus, limits, uniform=uniform)
     keep_all = uniform or limits.of_work or max_params is None
 
-    def price(pair: tuple[Site, Decomposition]) -> _Priced:
-        site, importance = pair[0], (importances or {}).get(pair[0].name)
-        weight = site.num_params if sensitivities is None else sensitivities[site.name]
-        return _price(model, *pair, menus[site.name], importance, weight, keep_all=keep_all)
+    known: dict[str, _Priced] = {}
 
-    priced = _price_all(model, assignment, price, on_progress)
+    def price(asked: tuple[Site, Decomposition, Sequence[Structure]]) -> _Priced:
+        site, importance = asked[0], (importances or {}).get(asked[0].name)
+        weight = site.num_params if sensitivities is None else sensitivities[site.name]
+        return _price(model, *asked, importance, weight, known.get(site.name), keep_all=keep_all)
+
+    def price_all(asked: Sequence[tuple[Site, Decomposition, Sequence[Structure]]]) -> list[_Priced]:
+        known.update((p.site.name, p) for p in _price_all(model, asked, price, on_progress))
+        return [known[site.name] for site, _ in assignment.chosen]
+
     front: tuple[FrontPoint, ...]
+    if max_params is None or limits.of_work:
+        priced = price_all([(*pair, menus[pair[0].name]) for pair in assignment.chosen])
+    else:
+        priced = price_all([(*pair, without_dear(pair[1], menus[pair[0].name])) for pair in assignment.chosen])
     if max_params is None:
         picks, gap, front = [(p, len(p.structures) - 1) for p in priced], 0.0, ()
         _refuse_work(picks, limits)
     else:
         picks, gap, front = _solve(priced, limits, num_params, uniform=uniform)
+        centres: dict[str, int] = {}
+        while asked := _dear_near(picks, menus, centres):
+            picks, gap, front = _solve(price_all(asked), limits, num_params, uniform=uniform)
     planned, dense = _sort_picks(picks)
     if not planned:
         raise BudgetError(f"every site would stay dense: {_why_dense(dense)}")
     plan = Plan(planned, (*assignment.left, *dense), num_params, assignment.coverage, gap, front)
     return Planned(plan, {p.site.name: p.analysis for p in priced if p.analysis is not None})
+
+
+def _dear_near(
+    picks: Sequence[tuple[_Priced, int]], menus: Mapping[str, Sequence[Structure]], centres: dict[str, int]
+) -> list[tuple[Site, Decomposition, Sequence[Structure]]]:
+    """What has no price and is near the size of a site's pick, unless that has hardly moved from `centres`.
+
+    Brings these up to date.
+    """
+    asked: list[tuple[Site, Decomposition, Sequence[Structure]]] = []
+    for priced, pick in picks:
+        site, structure = priced.site, priced.structures[pick]
+        size = site.num_params if structure is None else structure.num_params
+        centre = centres.get(site.name, 0)
+        if centre / MOVED <= size <= centre * MOVED:
+            continue
+        centres[site.name] = size
+        if new := [s for s in near_size(menus[site.name], size) if s not in priced.prices]:
+            asked.append((site, priced.decomposition, new))
+    return asked
 
 
 def _why_dense(dense: Sequence[Refusal]) -> str:
@@ -185,17 +219,17 @@ def _refuse_work(picks: Sequence[tuple[_Priced, int]], limits: Limits) -> None:
 
 def _price_all(
     model: nn.Module,
-    assignment: Assignment,
-    price: Callable[[tuple[Site, Decomposition]], _Priced],
+    asked: Sequence[tuple[Site, Decomposition, Sequence[Structure]]],
+    price: Callable[[tuple[Site, Decomposition, Sequence[Structure]]], _Priced],
     on_progress: OnProgress | None,
 ) -> list[_Priced]:
-    total, numbers = len(assignment.chosen), itertools.count(1)
+    total, numbers = len(asked), itertools.count(1)
 
     def show(priced: _Priced) -> None:
         if on_progress is not None:
             on_progress(Progress("analyse", priced.site.name, next(numbers), total))
 
-    return map_in_threads(price, assignment.chosen, device=next(model.parameters()).device, on_done=show)
+    return map_in_threads(price, asked, device=next(model.parameters()).device, on_done=show)
 
 
 def _price(
@@ -205,24 +239,28 @@ def _price(
     menu: Sequence[Structure],
     importance: Importance | None,
     loss_weight: float,
+    before: _Priced | None,
     *,
     keep_all: bool,
 ) -> _Priced:
-    """Prices of a menu. Unless all are kept, only what loses less than everything smaller: no other can be chosen."""
+    """Prices of a menu, beside those of `before`. Unless all are kept, only what loses less than everything smaller: no
+    other can be chosen."""
     weight = site_weight(model, site)
     matrix = as_matrix(weight, f"the weight of {site.name!r}")
     analysis = decomposition.analyse_for(matrix, importance)
     energy = squared_norm(matrix) if importance is None else importance.squared_norm(matrix)
     squared = analysis.squared_errors(menu)
-    errors = [0.0 if energy == 0 else error / energy for error in squared]
+    prices = dict(before.prices) if before else {}
+    prices.update((s, 0.0 if energy == 0 else error / energy) for s, error in zip(menu, squared, strict=True))
+    menu, errors = list(prices), list(prices.values())
     fronts = fronts_of(decomposition, menu, errors)
     kept = [i for i, error in enumerate(errors) if math.isfinite(error)]
     if not keep_all:
-        kept = undominated([menu[i].num_params for i in kept], [errors[i] for i in kept])
+        kept = [kept[j] for j in undominated([menu[i].num_params for i in kept], [errors[i] for i in kept])]
     structures, losses = tuple(menu[i] for i in kept), tuple(errors[i] for i in kept)
     same_memory = matrix.data_ptr() == weight.data_ptr()  # a widened copy of every weight would double the memory
     analysis_kept = analysis if same_memory else None
-    return _Priced(site, decomposition, (None, *structures), (0.0, *losses), analysis_kept, fronts, loss_weight)
+    return _Priced(site, decomposition, (None, *structures), (0.0, *losses), analysis_kept, fronts, loss_weight, prices)
 
 
 def _solve(

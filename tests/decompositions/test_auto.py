@@ -96,3 +96,56 @@ def test_few_structures_of_a_search_are_priced_where_there_is_data():
     priced = [s.kind for s, price in zip(menu, prices, strict=True) if math.isfinite(price)]
     assert 2 < priced.count("kronecker") <= MAX_SEARCHES < sum(s.kind == "kronecker" for s in menu)
     assert priced.count("low-rank") == sum(s.kind == "low-rank" for s in menu)
+
+
+def falling(rows, cols, seed):
+    """A weight whose singular values fall slowly."""
+    left, values, right = torch.linalg.svd(normal(rows, cols, seed=seed), full_matrices=False)
+    return (left * (values / torch.arange(1, len(values) + 1) ** 0.2) @ right).float()
+
+
+def model_of(sides, seed=0):
+    """Linear layers of these shapes."""
+    layers = [torch.nn.Linear(cols, rows) for rows, cols in sides]
+    for i, layer in enumerate(layers):
+        layer.weight.data = falling(*layer.weight.shape, seed=seed + i)
+    return torch.nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize("ratio", [1.5, 3])
+@pytest.mark.parametrize("uniform", [False, True])
+def test_dear_prices_near_the_first_choice_are_enough(monkeypatch, ratio, uniform):
+    model = model_of([(96, 96), (96, 192)])
+    asked = []
+    method = type(registry.decomposition("blast"))
+    original = method.analyse
+
+    def analyse(self, weight):
+        analysis = original(self, weight)
+        prices = analysis.squared_errors
+        monkeypatch.setattr(
+            analysis, "squared_errors", lambda structures: asked.append(len(structures)) or prices(structures)
+        )
+        return analysis
+
+    monkeypatch.setattr(method, "analyse", analyse)
+    options = {"ratio": ratio, "uniform": uniform, "allow_slower": True}
+    near, few = compresskit.plan(model, "auto", **options), sum(asked)
+    asked.clear()
+    monkeypatch.setattr(method, "prices_dearly", False)
+    whole = compresskit.plan(model, "auto", **options)
+    assert 0 < few < sum(asked)
+    assert any(p.decomposition.name == "blast" for p in near.sites)
+    losses = [sum(p.expected_error**2 * p.site.num_params for p in plan.sites) for plan in (near, whole)]
+    assert losses[0] <= losses[1] * (1 + max(near.gap, whole.gap) + 1e-6)
+
+
+def test_structures_without_a_price_do_not_shift_the_others():
+    """A tensor train has no data-aware fit: its prices are infinite, and stand before Tucker's in the menu."""
+    model = model_of([(32, 48)]).eval()
+    moments = compresskit.calibrate(model, [{"input": normal(64, 48, seed=3).float()}])
+    plan = compresskit.plan(model, Auto(methods="tensor-train+tucker"), ratio=2, calibration=moments, allow_slower=True)
+    planned = plan.sites[0]
+    assert planned.decomposition.name == "tucker"
+    report = compresskit.apply(model, plan, calibration=moments)
+    assert report.sites[0].weighted_error <= planned.expected_error * (1 + 1e-4)
