@@ -40,6 +40,9 @@ class Analysis(ABC):
     def factors(self, structure: Structure) -> dict[str, Tensor]:
         """Best factors found for this structure, in the dtype of the analysed weight."""
 
+    def shrink(self) -> None:  # noqa: B027 - most are small
+        """Give up what takes memory and can be computed again; what took long and is small stays known."""
+
 
 @dataclass(frozen=True)
 class Decomposition(ABC):

@@ -104,13 +104,14 @@ def _children(names: tuple[str, ...]) -> tuple[Decomposition, ...]:
 
 @final
 class _AutoAnalysis(Analysis):
-    """Each method's prices of its own structures. Its analysis is dropped at once: all of them together hold several
-    times the weight, and at most one is needed again."""
+    """Each method's prices of its own structures. Its analysis is dropped at once, since all of them together hold
+    several times the weight, and at most one is needed again; if its prices were dear, it is shrunk."""
 
     def __init__(self, auto: Auto, weight: Tensor, importance: Importance | None) -> None:
         self._auto = auto
         self._weight = weight
         self._importance = importance
+        self._dear: dict[Decomposition, Analysis] = {}
 
     def squared_errors(self, structures: Sequence[Structure]) -> list[float]:
         by_fitter: dict[Decomposition, list[Structure]] = {}
@@ -120,10 +121,11 @@ class _AutoAnalysis(Analysis):
         for fitter in sorted(by_fitter, key=lambda fitter: not fitter.prices_at_once):
             own = by_fitter[fitter]
             if self._importance is None:
-                errors = fitter.analyse(self._weight).squared_errors(own)
-                prices.update(zip(own, errors, strict=True))
+                prices.update(zip(own, self._analysis(fitter).squared_errors(own), strict=True))
             elif fitter.is_data_aware():
                 prices.update(self._searched(fitter, own, prices))
+        for analysis in self._dear.values():
+            analysis.shrink()
         return [prices[structure] for structure in structures]
 
     def _searched(
@@ -131,7 +133,7 @@ class _AutoAnalysis(Analysis):
     ) -> Mapping[Structure, float]:
         """Prices with an importance; of a method whose every price is a search, of few structures, and fewer yet if a
         sample of them is hopeless beside the prices of others."""
-        analysis = fitter.analyse_for(self._weight, self._importance)
+        analysis = self._analysis(fitter)
         worth = self._worth_a_search(fitter, structures)
         sample = worth if fitter.prices_at_once else worth[:: max(len(worth) // SAMPLE, 1)]
         prices = dict(zip(sample, analysis.squared_errors(sample), strict=True))
@@ -155,7 +157,16 @@ class _AutoAnalysis(Analysis):
         return [front[round(i * step)] for i in range(min(MAX_SEARCHES, len(front)))]
 
     def factors(self, structure: Structure) -> dict[str, Tensor]:
-        return self._auto.fitter(structure).analyse_for(self._weight, self._importance).factors(structure)
+        return self._analysis(self._auto.fitter(structure)).factors(structure)
+
+    def _analysis(self, fitter: Decomposition) -> Analysis:
+        """A new one; that of a method whose prices are dear is kept."""
+        if fitter in self._dear:
+            return self._dear[fitter]
+        analysis = fitter.analyse_for(self._weight, self._importance)
+        if fitter.prices_dearly:
+            self._dear[fitter] = analysis
+        return analysis
 
 
 def _least(prices: Mapping[Structure, float], structure: Structure) -> float:

@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from compresskit.core.blockfit import BlockFit, Blocks
 from compresskit.core.chain import Chain, Step
 from compresskit.core.cost import Gemm, Operation, Pass
-from compresskit.core.decomposition import Analysis, Decomposition
+from compresskit.core.decomposition import Analysis, Decomposition, squared_norm
 from compresskit.core.grid import Pair, check_grid, grid_sizes
-from compresskit.core.importance import Importance, Moment
+from compresskit.core.importance import Importance, Metric, Moment
 from compresskit.core.registry import register
 from compresskit.core.structure import Factor, Structure, TensorSpec, tensor_of
 from compresskit.decompositions.svd import SVD, LowRank
@@ -251,9 +251,8 @@ class Blast(Decomposition):
         if rows % p or cols % q or (self.blocks is None and p * q == 1):
             return
         top = _top(rows, cols, (p, q))
-        for rank in [self.rank] if self.rank else _ranks(top):
-            if rank <= top:
-                yield BlastBlocks(rows, cols, (p, q), rank)
+        ranks = [self.rank] if self.rank else _ranks(top)
+        yield from (BlastBlocks(rows, cols, (p, q), rank) for rank in ranks if rank <= top)
 
     def recovers(self, structure: Structure) -> bool:
         """Only what is low rank; else the factors are a local minimum."""
@@ -290,16 +289,30 @@ class _BlastAnalysis(Analysis):
     """The SVD of a rank, refined. What that gains is a smooth function of the rank: a few ranks price all others."""
 
     def __init__(self, weight: Tensor, importance: Importance | None, rounds: int) -> None:
-        scale = float(torch.linalg.vector_norm(weight)) / weight.numel() ** 0.5
-        self._scale = scale or 1.0
-        self._weight = (weight / self._scale).contiguous()  # products of three factors stay in range
+        self._given = weight
+        self._scale = float(torch.linalg.vector_norm(weight)) / weight.numel() ** 0.5 or 1.0
         self._importance = importance
         self._rounds = rounds
-        self._metric = None if importance is None else importance.metric(weight)
-        self._start = SVD().analyse_for(self._weight, importance)
         self._gains: dict[BlastBlocks, float] = {}
         self._promised: dict[BlastBlocks, float] = {}
         self._problems: dict[Pair, BlockFit] = {}
+
+    @cached_property
+    def _weight(self) -> Tensor:
+        return (self._given / self._scale).contiguous()  # products of three factors stay in range
+
+    @cached_property
+    def _metric(self) -> Metric | None:
+        return None if self._importance is None else self._importance.metric(self._given)
+
+    @cached_property
+    def _start(self) -> Analysis:
+        return SVD().analyse_for(self._weight, self._importance)
+
+    def shrink(self) -> None:
+        self._problems.clear()
+        for name in ("_weight", "_metric", "_start"):
+            vars(self).pop(name, None)
 
     def squared_errors(self, structures: Sequence[Structure]) -> list[float]:
         blasts = [structure for structure in structures if isinstance(structure, BlastBlocks)]
@@ -356,9 +369,7 @@ class _BlastAnalysis(Analysis):
     def _error(self, blocks: Blocks) -> float:
         """Squared error of the scaled weight, weighted if there is an importance."""
         difference = self._weight - blocks.dense()
-        if self._importance is None:
-            return float(difference.double().square().sum())
-        return self._importance.squared_norm(difference)
+        return squared_norm(difference) if self._importance is None else self._importance.squared_norm(difference)
 
     def _fit(self, structure: BlastBlocks, rounds: int) -> Blocks:
         return self._problem(structure.blocks).refine(self._first(structure), rounds)
@@ -381,8 +392,7 @@ class _BlastAnalysis(Analysis):
 def _stored(blocks: Blocks, scale: float) -> dict[str, Tensor]:
     """Factors as they are stored, each component's size spread evenly over the three: all train at one scale."""
     sizes = [torch.linalg.vector_norm(t, dim=(0, 1)) / t[..., 0].numel() ** 0.5 for t in vars(blocks).values()]
-    product = sizes[0] * sizes[1] * sizes[2] * scale
-    each = product.pow(1 / 3)
+    each = (sizes[0] * sizes[1] * sizes[2] * scale).pow(1 / 3)
     left, scales, right = (
         torch.where(size > 0, tensor * (each / size), 0.0)
         for size, tensor in zip(sizes, vars(blocks).values(), strict=True)

@@ -247,7 +247,8 @@ def _price(
     other can be chosen."""
     weight = site_weight(model, site)
     matrix = as_matrix(weight, f"the weight of {site.name!r}")
-    analysis = decomposition.analyse_for(matrix, importance)
+    analysis = before.analysis if before else None
+    analysis = analysis or decomposition.analyse_for(matrix, importance)
     energy = squared_norm(matrix) if importance is None else importance.squared_norm(matrix)
     squared = analysis.squared_errors(menu)
     prices = dict(before.prices) if before else {}
