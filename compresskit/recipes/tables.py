@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from compresskit.errors import OptionError
+from compresskit.registration import suggestion
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -49,10 +50,10 @@ def set_value(table: Table, name: str, value: Any) -> dict[str, Any]:
 def _set_in_list(tables: list[Table], name: str, value: Any) -> list[Table]:
     wanted, _, rest = name.partition(".")
     names = [str(table.get("name")) for table in tables]
-    if wanted not in names or not rest:
-        raise OptionError(
-            f"{name!r} says no value of a loss that is here: NAME.OPTION with NAME one of {', '.join(names)}"
-        )
+    if wanted not in names:
+        raise OptionError(f"there is no loss {wanted!r} here{suggestion(wanted, names)}")
+    if not rest:
+        raise OptionError(f"{name!r} names a loss but none of its options, as {name}.weight does")
     return [set_value(table, rest, value) if own == wanted else table for table, own in zip(tables, names, strict=True)]
 
 
