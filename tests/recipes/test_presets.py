@@ -118,7 +118,7 @@ def test_an_option_of_one_loss_is_changed_by_its_name():
     assert [loss.weight for loss in changed.task.for_task("rte").objective.losses] == [1] * 5
     with pytest.raises(OptionError, match=r"no loss 'atention-scores' here; did you mean 'attention-scores'\?.*hidden"):
         found.with_values({"corpus.loss.atention-scores.weight": 0.1})
-    with pytest.raises(OptionError, match="'logits' names a loss but none of its options, as logits.weight does"):
+    with pytest.raises(OptionError, match=r"'logits' names a loss but none of its options, as logits\.weight does"):
         found.with_values({"task.loss.logits": 0.1})
     with pytest.raises(UnknownNameError, match="wieght"):
         found.with_values({"task.loss.logits.wieght": 0.1})
