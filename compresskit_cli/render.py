@@ -24,6 +24,9 @@ GAP = 2
 MIN_FOLDED = 18
 """Text is not folded to less than this."""
 
+LITTLE = 0.9
+"""Above this relative error less than a fifth of a weight's energy is left."""
+
 STAGES = {
     "calibrate": "calibrating",
     "analyse": "analysing",
@@ -176,7 +179,20 @@ def report(report: "Report") -> None:
     left_dense(report.left)
     for warning in (report.calibration or {}).get("warnings", ()):
         say(f"Warning: {warning}")
+    _warn_little(report)
     warn_slower([s.name for s in report.sites if s.slower])
+
+
+def _warn_little(report: "Report") -> None:
+    """Say of which weights next to nothing is left: no model is of use with such layers until it is trained."""
+    lost = sorted((s for s in report.sites if s.relative_error > LITTLE), key=lambda s: -s.relative_error)
+    if lost:
+        named = ", ".join(f"{s.name} {s.relative_error:.3f}" for s in lost[:2])
+        say(
+            f"Warning: {len(lost)} of {len(report.sites)} layers keep less than a fifth of the energy of their weights "
+            f"(errors: {named}{', ...' if len(lost) > 2 else ''}). Expect little of the model before it is trained "
+            "(compresskit distill); --method auto, or --rule 'PATTERN=svd' for these layers, may keep more."
+        )
 
 
 def _others(alternatives: Sequence[tuple[str, float]], chosen: str, most: int = 2) -> str:

@@ -52,6 +52,17 @@ def weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
+@pytest.mark.parametrize(("ratio", "warned"), [(1.2, False), (12, True)])
+def test_layers_of_which_little_is_left_are_named(cli: Cli, work: Path, ratio: float, warned: bool) -> None:
+    report = compress(cli, "-m", "kronecker", "--ratio", ratio, output="plain")
+    lost = sorted((s["relative_error"], s["name"]) for s in report["sites"] if s["relative_error"] > 0.9)
+    said = cli("compress", "bert", "-m", "kronecker", "--ratio", ratio, "-o", "out").out
+    assert bool(lost) is warned is ("keep less than a fifth of the energy" in said)
+    if lost:
+        assert f"{len(lost)} of {len(report['sites'])} layers keep less" in said
+        assert f"{lost[-1][1]} {lost[-1][0]:.3f}" in said
+
+
 def test_the_report_for_people(cli: Cli, work: Path) -> None:
     outcome = cli("compress", "bert", "-m", "svd", "--ratio", "4")
     assert (outcome.status, outcome.err) == (0, "")
