@@ -7,8 +7,9 @@ from benchmarks.machine import ROOT
 from benchmarks.runner import RESULTS
 
 README = (ROOT / "README.md").read_text("utf-8")
+BALANCED = ("svd refined, balanced", "svd refined, balanced, more text")
 TABLES = (
-    ("svd plain", "svd weighted", "svd sequential", "svd refined", "svd refined, balanced", "svd-llm", "asvd"),
+    ("svd plain", "svd weighted", "svd sequential", "svd refined", *BALANCED, "svd-llm", "asvd"),
     (
         *("kronecker plain", "kronecker weighted", "kronecker sequential", "kronecker refined"),
         *("tucker plain", "tucker weighted", "monarch weighted", "blast weighted", "svd weighted", "auto weighted"),
@@ -74,6 +75,7 @@ def data_aware_rows(results):
         part = {"whole": "whole model", "encoder": "encoder alone"}[configuration["scope"]]
         cells = found.setdefault(f"{part}, {configuration['ratio']:g}", {})
         balanced = ", balanced" if "sensitivity" in configuration else ""
+        balanced += ", more text" if configuration["samples"] > 1024 else ""
         for name, figures in result["figures"]["fits"].items():
             fit = name + balanced
             said = f"{figures['sts_b']:.3f}"
