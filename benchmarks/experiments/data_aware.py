@@ -35,10 +35,11 @@ class DataAware(Experiment):
         epochs: of refinement.
         sensitivity: what a layer's error counts: `parameters`, as many as it has, or `balanced`, also by what it does
             to the model's output.
+        rules: as on the command line, `PATTERN=METHOD:KEY=VALUE`, of fits by compresskit.
     """
 
     kind: ClassVar[str] = "data-aware"
-    later: ClassVar[tuple[str, ...]] = ("sensitivity",)
+    later: ClassVar[tuple[str, ...]] = ("sensitivity", "rules")
 
     fits: tuple[str, ...]
     scope: str
@@ -48,6 +49,7 @@ class DataAware(Experiment):
     max_tokens: int = 128
     epochs: int = 10
     sensitivity: str = SENSITIVITIES[0]
+    rules: tuple[str, ...] = ()
 
     def run(self, data: Path | None) -> Outcome:
         from benchmarks.embeddings import agreement, embed, read_sentences, read_sts_b
@@ -114,6 +116,7 @@ class DataAware(Experiment):
             method,
             params=budget,
             include=include,
+            rules=[_rule(rule) for rule in self.rules],
             calibration=None if how == "plain" else moments,
             sensitivities=sensitivities,
             samples=batches if how in ("sequential", "refined") else None,
@@ -149,6 +152,16 @@ class DataAware(Experiment):
             "dense": _score(None if dense is None else dense["sts_b"]),
             **fits,
         }
+
+
+def _rule(text: str) -> tuple[str, Any]:
+    """Pattern and method."""
+    import compresskit
+
+    pattern, _, method = text.partition("=")
+    name, _, options = method.partition(":")
+    pairs = (option.partition("=") for option in options.split(",") if option)
+    return pattern, compresskit.decomposition(name, {key: value for key, _, value in pairs})
 
 
 def _score(value: float | None) -> str:

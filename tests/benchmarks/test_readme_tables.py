@@ -73,7 +73,8 @@ def data_aware_rows(results):
     for result in results:
         configuration = result["configuration"]
         part = {"whole": "whole model", "encoder": "encoder alone"}[configuration["scope"]]
-        cells = found.setdefault(f"{part}, {configuration['ratio']:g}", {})
+        rules = "".join(f", `{rule}`" for rule in configuration.get("rules", ()))
+        cells = found.setdefault(f"{part}, {configuration['ratio']:g}{rules}", {})
         balanced = ", balanced" if "sensitivity" in configuration else ""
         balanced += ", more text" if configuration["samples"] > 1024 else ""
         for name, figures in result["figures"]["fits"].items():
@@ -81,7 +82,12 @@ def data_aware_rows(results):
             said = f"{figures['sts_b']:.3f}"
             assert cells.setdefault(fit, said) == said
     assert {fit for cells in found.values() for fit in cells} >= {fit for fits in TABLES for fit in fits}
-    return [line_of([name, *(cells.get(fit, "") for fit in fits)]) for fits in TABLES for name, cells in found.items()]
+    return [
+        line_of([name, *(cells.get(fit, "") for fit in fits)])
+        for fits in TABLES
+        for name, cells in found.items()
+        if cells.keys() & set(fits)
+    ]
 
 
 def test_every_result_of_corpus_distillation_is_a_row_and_there_is_no_other():
