@@ -30,6 +30,7 @@ LITTLE = 0.9
 STAGES = {
     "calibrate": "calibrating",
     "analyse": "analysing",
+    "compare": "comparing",
     "fit": "fitting",
     "refine": "refining",
     "measure": "measuring",
@@ -122,7 +123,7 @@ def progress_bar() -> Iterator["OnProgress"]:
             if step.stage not in tasks:
                 tasks[step.stage] = bar.add_task(STAGES[step.stage], total=step.total, layer="")
             error = "" if step.error is None else f"error {step.error:.3f}  "
-            bar.update(tasks[step.stage], completed=step.done, layer=error + step.name)
+            bar.update(tasks[step.stage], completed=step.done, total=step.total, layer=error + step.name)
 
         yield show
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, final
 
 from benchmarks.experiments import Experiment, ExperimentSkipped, Outcome, SuiteError
 from benchmarks.experiments.quality import REPORTED, STS_B
+from benchmarks.options import pairs, rule
 
 SMALL = "small-dense"
 TEXT = Path("text")
@@ -115,10 +116,10 @@ class CorpusDistill(Experiment):
             student = self._small(dense)
             after = sum(p.numel() for p in student.parameters())
             return student, {"ratio": params_before / after, "params_before": params_before, "params_after": after}
-        method = compresskit.decomposition(self.method, _pairs(self.options.split()))
+        method = compresskit.decomposition(self.method, pairs(self.options.split()))
         student = copy.deepcopy(dense)
         seen = None if not self.calibration else calibrate(dense, rows, samples=self.calibration, seed=self.seed)
-        rules = [tuple(rule.split("=", 1)) for rule in self.rules]
+        rules = [rule(text) for text in self.rules]
         if self.part == "model":
             report = compresskit.compress(student, method, ratio=self.ratio, rules=rules, calibration=seen)
         else:
@@ -137,12 +138,12 @@ class CorpusDistill(Experiment):
         from compresskit.recipes import preset, student_maker
 
         torch.manual_seed(self.seed)  # of its layers
-        return student_maker(preset(SMALL).with_values(_pairs(self.options.split())), dense, ratio=self.ratio)(dense)
+        return student_maker(preset(SMALL).with_values(pairs(self.options.split())), dense, ratio=self.ratio)(dense)
 
     def _objective(self) -> Any:
         from compresskit.distill import Objective, make_loss
 
-        return Objective(*(make_loss(name, _pairs(options)) for name, *options in map(str.split, self.losses)))
+        return Objective(*(make_loss(name, pairs(options)) for name, *options in map(str.split, self.losses)))
 
     @classmethod
     def row(cls, configuration: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[str, str]:
@@ -166,7 +167,3 @@ class CorpusDistill(Experiment):
             cells[title] = " → ".join("skipped" if value is None else f"{value:.3f}" for value in both)
         dense = figures["dense"].get("sts_b")
         return cells | {"dense STS-B": "skipped" if dense is None else f"{dense:.3f}"}
-
-
-def _pairs(items: list[str]) -> dict[str, str]:
-    return dict(item.split("=", 1) for item in items)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, final
 
 from benchmarks.experiments import Experiment, ExperimentSkipped, Outcome, SuiteError
 from benchmarks.experiments.quality import STS_B
+from benchmarks.options import rule
 
 TEXTS = "text"
 """The folder of plain text that the folder of `--data` holds."""
@@ -116,7 +117,7 @@ class DataAware(Experiment):
             method,
             params=budget,
             include=include,
-            rules=[_rule(rule) for rule in self.rules],
+            rules=[rule(text) for text in self.rules],
             calibration=None if how == "plain" else moments,
             sensitivities=sensitivities,
             samples=batches if how in ("sequential", "refined") else None,
@@ -152,16 +153,6 @@ class DataAware(Experiment):
             "dense": _score(None if dense is None else dense["sts_b"]),
             **fits,
         }
-
-
-def _rule(text: str) -> tuple[str, Any]:
-    """Pattern and method."""
-    import compresskit
-
-    pattern, _, method = text.partition("=")
-    name, _, options = method.partition(":")
-    pairs = (option.partition("=") for option in options.split(",") if option)
-    return pattern, compresskit.decomposition(name, {key: value for key, _, value in pairs})
 
 
 def _score(value: float | None) -> str:

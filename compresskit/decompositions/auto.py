@@ -124,8 +124,7 @@ class _AutoAnalysis(Analysis):
                 prices.update(zip(own, self._analysis(fitter).squared_errors(own), strict=True))
             elif fitter.is_data_aware():
                 prices.update(self._searched(fitter, own, prices))
-        for analysis in self._dear.values():
-            analysis.shrink()
+        self.shrink()
         return [prices[structure] for structure in structures]
 
     def _searched(
@@ -158,6 +157,10 @@ class _AutoAnalysis(Analysis):
 
     def factors(self, structure: Structure) -> dict[str, Tensor]:
         return self._analysis(self._auto.fitter(structure)).factors(structure)
+
+    def shrink(self) -> None:
+        for analysis in self._dear.values():
+            analysis.shrink()
 
     def _analysis(self, fitter: Decomposition) -> Analysis:
         """A new one; that of a method whose prices are dear is kept."""

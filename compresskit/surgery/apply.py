@@ -242,6 +242,7 @@ def fit_site(
     matrix = as_matrix(site_weight(model, site), f"the weight of {site.name!r}")
     analysis = analysis or decomposition.analyse_for(matrix, importance)
     fitted = decomposition.fit_analysed(matrix, analysis, planned.structure, importance)
+    analysis.shrink()  # those of all sites are held until the last is fitted
     if importance is None or importance.mean is None:
         return SiteFit(fitted, None)
     return SiteFit(fitted, fitted.bias_change(matrix, importance.mean))

@@ -39,7 +39,7 @@ class Progress:
     """One step of long work, for whoever shows it.
 
     Args:
-        stage: `analyse` or `fit`.
+        stage: `analyse`, `compare` (prices near what was chosen first, for methods whose prices are dear) or `fit`.
         name: the site just finished.
         done, total: sites finished, and sites in this stage.
         error: relative error of the fitted site; None while analysing.
@@ -53,6 +53,8 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
+Asked = tuple[Site, Decomposition, Sequence[Structure]]
+"""A site, who prices, and what."""
 
 
 @final
@@ -143,20 +145,20 @@ def make_plan(
 
     known: dict[str, _Priced] = {}
 
-    def price(asked: tuple[Site, Decomposition, Sequence[Structure]]) -> _Priced:
+    def price(asked: Asked) -> _Priced:
         site, importance = asked[0], (importances or {}).get(asked[0].name)
         weight = site.num_params if sensitivities is None else sensitivities[site.name]
         return _price(model, *asked, importance, weight, known.get(site.name), keep_all=keep_all)
 
-    def price_all(asked: Sequence[tuple[Site, Decomposition, Sequence[Structure]]]) -> list[_Priced]:
-        known.update((p.site.name, p) for p in _price_all(model, asked, price, on_progress))
+    def price_all(stage: str, asked: Sequence[Asked]) -> list[_Priced]:
+        known.update((p.site.name, p) for p in _price_all(model, stage, asked, price, on_progress))
         return [known[site.name] for site, _ in assignment.chosen]
 
     front: tuple[FrontPoint, ...]
-    if max_params is None or limits.of_work:
-        priced = price_all([(*pair, menus[pair[0].name]) for pair in assignment.chosen])
-    else:
-        priced = price_all([(*pair, without_dear(pair[1], menus[pair[0].name])) for pair in assignment.chosen])
+    asked = [(site, method, menus[site.name]) for site, method in assignment.chosen]
+    if max_params is not None and not limits.of_work:
+        asked = [(site, method, without_dear(method, menu)) for site, method, menu in asked]
+    priced = price_all("analyse", asked)
     if max_params is None:
         picks, gap, front = [(p, len(p.structures) - 1) for p in priced], 0.0, ()
         _refuse_work(picks, limits)
@@ -164,7 +166,7 @@ def make_plan(
         picks, gap, front = _solve(priced, limits, num_params, uniform=uniform)
         centres: dict[str, int] = {}
         while asked := _dear_near(picks, menus, centres):
-            picks, gap, front = _solve(price_all(asked), limits, num_params, uniform=uniform)
+            picks, gap, front = _solve(price_all("compare", asked), limits, num_params, uniform=uniform)
     planned, dense = _sort_picks(picks)
     if not planned:
         raise BudgetError(f"every site would stay dense: {_why_dense(dense)}")
@@ -174,12 +176,12 @@ def make_plan(
 
 def _dear_near(
     picks: Sequence[tuple[_Priced, int]], menus: Mapping[str, Sequence[Structure]], centres: dict[str, int]
-) -> list[tuple[Site, Decomposition, Sequence[Structure]]]:
+) -> list[Asked]:
     """What has no price and is near the size of a site's pick, unless that has hardly moved from `centres`.
 
     Brings these up to date.
     """
-    asked: list[tuple[Site, Decomposition, Sequence[Structure]]] = []
+    asked: list[Asked] = []
     for priced, pick in picks:
         site, structure = priced.site, priced.structures[pick]
         size = site.num_params if structure is None else structure.num_params
@@ -219,15 +221,16 @@ def _refuse_work(picks: Sequence[tuple[_Priced, int]], limits: Limits) -> None:
 
 def _price_all(
     model: nn.Module,
-    asked: Sequence[tuple[Site, Decomposition, Sequence[Structure]]],
-    price: Callable[[tuple[Site, Decomposition, Sequence[Structure]]], _Priced],
+    stage: str,
+    asked: Sequence[Asked],
+    price: Callable[[Asked], _Priced],
     on_progress: OnProgress | None,
 ) -> list[_Priced]:
     total, numbers = len(asked), itertools.count(1)
 
     def show(priced: _Priced) -> None:
         if on_progress is not None:
-            on_progress(Progress("analyse", priced.site.name, next(numbers), total))
+            on_progress(Progress(stage, priced.site.name, next(numbers), total))
 
     return map_in_threads(price, asked, device=next(model.parameters()).device, on_done=show)
 
@@ -247,8 +250,7 @@ def _price(
     other can be chosen."""
     weight = site_weight(model, site)
     matrix = as_matrix(weight, f"the weight of {site.name!r}")
-    analysis = before.analysis if before else None
-    analysis = analysis or decomposition.analyse_for(matrix, importance)
+    analysis = (before and before.analysis) or decomposition.analyse_for(matrix, importance)
     energy = squared_norm(matrix) if importance is None else importance.squared_norm(matrix)
     squared = analysis.squared_errors(menu)
     prices = dict(before.prices) if before else {}

@@ -149,3 +149,25 @@ def test_structures_without_a_price_do_not_shift_the_others():
     assert planned.decomposition.name == "tucker"
     report = compresskit.apply(model, plan, calibration=moments)
     assert report.sites[0].weighted_error <= planned.expected_error * (1 + 1e-4)
+
+
+def test_what_takes_memory_is_given_back_and_prices_stay():
+    weight = sample_weight(96, 96)
+    analysis = Auto(methods="blast").analyse(weight)
+    menu = list(Auto(methods="blast").menu(96, 96))
+    prices = analysis.squared_errors(menu)
+    (kept,) = analysis._dear.values()
+    small = set(vars(kept))
+    fitted = analysis.factors(menu[-1])
+    assert set(vars(kept)) > small  # what the fit works with
+    analysis.shrink()
+    assert set(vars(kept)) == small
+    assert analysis.squared_errors(menu) == prices
+    torch.testing.assert_close(analysis.factors(menu[-1]), fitted, rtol=0, atol=0)
+
+
+def test_progress_names_the_second_look():
+    steps = []
+    compresskit.compress(model_of([(96, 96), (96, 192)]), "auto", ratio=3, allow_slower=True, on_progress=steps.append)
+    assert list(dict.fromkeys(step.stage for step in steps)) == ["analyse", "compare", "fit"]
+    assert all(1 <= step.done <= step.total == 2 for step in steps)
