@@ -197,6 +197,7 @@ class _PricedOnce:
         self._analysis = analysis
         self._errors = {}
         self.factors = analysis.factors
+        self.shrink = analysis.shrink
 
     def squared_errors(self, structures):
         unknown = [structure for structure in structures if structure not in self._errors]
