@@ -8,6 +8,7 @@ from torch import nn
 
 from compresskit.calibration import Calibration, Refine, calibrate
 from compresskit.calibration.data import Batch
+from compresskit.calibration.search import search_sensitivities
 from compresskit.calibration.sequential import fit_in_order
 from compresskit.calibration.weights import importances_of
 from compresskit.core.decomposition import Decomposition
@@ -18,7 +19,7 @@ from compresskit.hub import check_unquantized, mark_compressed
 from compresskit.surgery.apply import Report, SiteFit, apply_
 from compresskit.surgery.budget import param_budget
 from compresskit.surgery.plan import Plan
-from compresskit.surgery.pricing import OnProgress, Planned, make_plan
+from compresskit.surgery.pricing import Known, OnProgress, Planned, make_plan
 from compresskit.surgery.rules import Rule, assign
 from compresskit.surgery.sites import find_sites
 
@@ -41,6 +42,7 @@ def compress(
     allow_slower: bool = False,
     calibration: Calibration | None = None,
     sensitivities: Mapping[str, float] | None = None,
+    search: Sequence[Batch] | None = None,
     samples: Sequence[Batch] | None = None,
     sequential: bool = False,
     refine: Refine | None = None,
@@ -71,6 +73,8 @@ def compress(
             for the budget and for the fits, and biases take up the mean error. Methods with a data-aware fit only.
         sensitivities: by layer name, how much its squared relative error counts, from `measure_sensitivities`; by
             default as much as it has parameters.
+        search: batches of samples to search on by how much more or less layers of each shape should count than that:
+            some ten to thirty models are compressed, and that which answers nearest to the dense one on these is made.
         samples: batches, as `list(read_batches(...))`, that `sequential` and `refine` run on; without `calibration`,
             the model is calibrated on them.
         sequential: fit layer after layer to the dense answers on what the compressed layers before give. About eight
@@ -109,6 +113,7 @@ def compress(
         allow_slower,
         importances,
         sensitivities,
+        search,
         on_progress,
     )
     report = apply_(
@@ -178,6 +183,7 @@ def plan(
     allow_slower: bool = False,
     calibration: Calibration | None = None,
     sensitivities: Mapping[str, float] | None = None,
+    search: Sequence[Batch] | None = None,
     on_progress: OnProgress | None = None,
 ) -> Plan:
     """What `compress` would do, as data; arguments and errors are the same. The model is not changed."""
@@ -197,6 +203,7 @@ def plan(
         allow_slower,
         importances,
         sensitivities,
+        search,
         on_progress,
     ).plan
 
@@ -216,6 +223,7 @@ def _plan(
     allow_slower: bool,
     importances: Mapping[str, Importance],
     sensitivities: Mapping[str, float] | None,
+    search: Sequence[Batch] | None,
     on_progress: OnProgress | None,
 ) -> Planned:
     survey = find_sites(model)
@@ -228,19 +236,30 @@ def _plan(
     if not pairs:
         raise PlanError("give a method or rules")
     ordered = [Rule(pattern, decomposition(m) if isinstance(m, str) else m) for pattern, m in pairs]
-    return make_plan(
-        model,
-        assign(model, survey, ordered, _patterns(exclude)),
-        num_params=survey.num_params,
-        max_params=budget,
-        max_macs=max_macs,
-        speed=speed,
-        uniform=uniform,
-        allow_slower=allow_slower,
-        importances=importances,
-        sensitivities=sensitivities,
-        on_progress=on_progress,
-    )
+    assignment, known = assign(model, survey, ordered, _patterns(exclude)), Known()
+
+    def plan_for(sensitivities: Mapping[str, float] | None) -> Planned:
+        return make_plan(
+            model,
+            assignment,
+            num_params=survey.num_params,
+            max_params=budget,
+            max_macs=max_macs,
+            speed=speed,
+            uniform=uniform,
+            allow_slower=allow_slower,
+            importances=importances,
+            sensitivities=sensitivities,
+            known=known,
+            on_progress=on_progress,
+        )
+
+    if search is not None:
+        start = sensitivities
+        if start is None:
+            start = {site.name: float(site.num_params) for site, _ in assignment.chosen}
+        sensitivities = search_sensitivities(model, plan_for, search, importances, start, on_progress=on_progress)
+    return plan_for(sensitivities)
 
 
 def _importances(

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 SAMPLES, MAX_LENGTH = 128, 128
-PARAMETERS, BALANCED, MEASURED = "parameters", "balanced", "measured"
+PARAMETERS, BALANCED, MEASURED, SEARCHED = "parameters", "balanced", "measured", "searched"
 MEASURED_SHARE = 4
-"""Sensitivities are measured on one of so many texts: each layer takes a pass over them."""
+"""Sensitivities are measured or searched on one of so many texts: each layer, or each model, takes a pass over them."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,11 @@ class Samples:
         if not (self.sequential or self.refine or self.sensitivity != PARAMETERS):
             return {"calibration": made}
         texts = batches(folder, self.calibrate, **size)
-        weights = {}
-        if self.sensitivity != PARAMETERS:
-            few = texts[: max(1, len(texts) // MEASURED_SHARE)]
+        weights: dict[str, Any] = {}
+        few = texts[: max(1, len(texts) // MEASURED_SHARE)]
+        if self.sensitivity == SEARCHED:
+            weights = {"search": few}
+        elif self.sensitivity != PARAMETERS:
             measured = measure_sensitivities(model, few, made, on_progress=on_progress)
             weights = {"sensitivities": balanced(model, measured) if self.sensitivity == BALANCED else measured}
         if not (self.sequential or self.refine):
@@ -138,9 +140,10 @@ def calibration_options(function: F) -> F:
         click.option("--gradients", is_flag=True, help="Also weigh by gradients at the outputs (K-FAC)."),
         click.option(
             "--sensitivity",
-            type=click.Choice((PARAMETERS, BALANCED, MEASURED)),
+            type=click.Choice((PARAMETERS, BALANCED, MEASURED, SEARCHED)),
             default=PARAMETERS,
-            help="What a layer's error counts: its parameters, what it does to the model's output on the texts, both.",
+            help="What a layer's error counts: its parameters, what it does to the model's output on the texts, both, "
+            "or what makes the best of some models.",
         ),
         click.option(
             "--calibration", type=click.Path(path_type=Path), help="What `compresskit calibrate` saved, instead."

@@ -34,6 +34,7 @@ STAGES = {
     "fit": "fitting",
     "refine": "refining",
     "measure": "measuring",
+    "search": "searching",
 }
 
 

@@ -16,7 +16,9 @@ TEXTS = "text"
 BATCH = 32
 HOWS = ("plain", "weighted", "gradients", "sequential", "refined")
 ENCODER = "encoder.*"
-SENSITIVITIES = ("parameters", "balanced")
+SENSITIVITIES = ("parameters", "balanced", "searched")
+SHARE = 4
+"""Sensitivities are measured or searched on one of so many texts."""
 KEPT = ("relative_error", "weighted_error", "params_after", "time_s")
 
 
@@ -34,8 +36,8 @@ class DataAware(Experiment):
         model: `minilm`, or a random one.
         samples, max_tokens: of the texts that the fits see; max_tokens of a text.
         epochs: of refinement.
-        sensitivity: what a layer's error counts: `parameters`, as many as it has, or `balanced`, also by what it does
-            to the model's output.
+        sensitivity: what a layer's error counts: `parameters`, as many as it has; `balanced`, also by what it does
+            to the model's output; `searched`, by what whole compressed models answer.
         rules: as on the command line, `PATTERN=METHOD:KEY=VALUE`, of fits by compresskit.
     """
 
@@ -62,7 +64,7 @@ class DataAware(Experiment):
         if self.scope not in ("whole", "encoder"):
             raise SuiteError(f"scope is whole or encoder, got {self.scope!r}")
         if self.sensitivity not in SENSITIVITIES:
-            raise SuiteError(f"sensitivity is {' or '.join(SENSITIVITIES)}, got {self.sensitivity!r}")
+            raise SuiteError(f"sensitivity is one of {', '.join(SENSITIVITIES)}, got {self.sensitivity!r}")
         sentences, sts_b = read_sentences(), None if data is None else read_sts_b(data / STS_B)
         dense, tokenizer = load_model(self.model, seed=self.seed, sentences=sentences)
         texts = sentences if data is None else data / TEXTS
@@ -120,6 +122,7 @@ class DataAware(Experiment):
             rules=[rule(text) for text in self.rules],
             calibration=None if how == "plain" else moments,
             sensitivities=sensitivities,
+            search=batches[: len(batches) // SHARE] if self.sensitivity == "searched" else None,
             samples=batches if how in ("sequential", "refined") else None,
             sequential=how in ("sequential", "refined"),
             refine=Refine(epochs=self.epochs) if how == "refined" else None,
@@ -130,9 +133,9 @@ class DataAware(Experiment):
         """What layers count; None: as many as they have parameters."""
         from compresskit.calibration import balanced, measure_sensitivities
 
-        if self.sensitivity == SENSITIVITIES[0]:
+        if self.sensitivity != "balanced":
             return None
-        return balanced(model, measure_sensitivities(model, batches[: len(batches) // 4], moments))
+        return balanced(model, measure_sensitivities(model, batches[: len(batches) // SHARE], moments))
 
     def _budget(self, dense: Any) -> int:
         """Parameters that the whole compressed model may have."""

@@ -73,11 +73,11 @@ def measure_sensitivities(
     importances = {} if calibration is None else importances_of(calibration, model, survey)
     found: dict[str, float] = {}
     with undisturbed(model), torch.no_grad():
-        wanted = [_answer(model, batch) for batch in batches]
+        wanted = [answer_of(model, batch) for batch in batches]
         energy = sum(float(answer.double().square().sum()) for answer in wanted)
         for site in survey.sites:
             with _probe(model, site, importances.get(site.name)) as error:
-                pairs = ((_answer(model, batch), answer) for batch, answer in zip(batches, wanted, strict=True))
+                pairs = ((answer_of(model, batch), answer) for batch, answer in zip(batches, wanted, strict=True))
                 lost = sum(float((ours - answer).double().square().sum()) for ours, answer in pairs)
             found[site.name] = lost / max(energy, torch.finfo(torch.float64).tiny) / max(error, LEAST_ERROR)
             if on_progress is not None:
@@ -122,7 +122,7 @@ def _highest_ratio(site: Site) -> float:
     return site.num_params / (site.rows + site.cols)
 
 
-def _answer(model: nn.Module, batch: Batch) -> Tensor:
+def answer_of(model: nn.Module, batch: Batch) -> Tensor:
     """What the model answers, padding as zeros."""
     given = arguments(model, batch, next(model.parameters()).device)
     output = forward(model, given, gradients=False)

@@ -72,8 +72,8 @@ class _Priced:
     """A site with what it may become; `structures[0]` is None: it may stay dense.
 
     Args:
-        weight: what its squared relative error counts in the loss.
         prices: squared relative errors of all that was priced.
+        weight: what its squared relative error counts in the loss.
     """
 
     site: Site
@@ -82,12 +82,16 @@ class _Priced:
     errors: tuple[float, ...]
     analysis: Analysis | None
     fronts: Fronts
-    weight: float
     prices: Mapping[Structure, float]
+    weight: float = 0.0
 
     def choices(self) -> list[Choice]:
         pairs = zip(self.structures, self.errors, strict=True)
         return [choice_of(self.site, structure, error * self.weight) for structure, error in pairs]
+
+
+Known = dict[str, _Priced]
+"""By site name what has been priced."""
 
 
 def make_plan(
@@ -102,6 +106,7 @@ def make_plan(
     allow_slower: bool = False,
     importances: Mapping[str, Importance] | None = None,
     sensitivities: Mapping[str, float] | None = None,
+    known: "Known | None" = None,
     on_progress: OnProgress | None = None,
 ) -> Planned:
     """The plan that loses least within the budget. Reads the model, changes nothing.
@@ -122,6 +127,7 @@ def make_plan(
         importances: by site name, which errors matter.
         sensitivities: by site name, what a squared relative error of 1 costs the model; then they stand in place of the
             number of parameters, for all sites.
+        known: what has been priced for other sensitivities of the same call, and is not priced again; is added to.
 
     Raises:
         PlanError: a sensitivity is missing or negative.
@@ -143,16 +149,19 @@ def make_plan(
         menus = narrowed(assignment, menus, limits, uniform=uniform)
     keep_all = uniform or limits.of_work or max_params is None
 
-    known: dict[str, _Priced] = {}
+    known = {} if known is None else known
+
+    def weight_of(site: Site) -> float:
+        return site.num_params if sensitivities is None else sensitivities[site.name]
 
     def price(asked: Asked) -> _Priced:
-        site, importance = asked[0], (importances or {}).get(asked[0].name)
-        weight = site.num_params if sensitivities is None else sensitivities[site.name]
-        return _price(model, *asked, importance, weight, known.get(site.name), keep_all=keep_all)
+        name = asked[0].name
+        return _price(model, *asked, (importances or {}).get(name), known.get(name), keep_all=keep_all)
 
     def price_all(stage: str, asked: Sequence[Asked]) -> list[_Priced]:
-        known.update((p.site.name, p) for p in _price_all(model, stage, asked, price, on_progress))
-        return [known[site.name] for site, _ in assignment.chosen]
+        new = [one for one in asked if one[0].name not in known or not known[one[0].name].prices.keys() >= {*one[2]}]
+        known.update((p.site.name, p) for p in _price_all(model, stage, new, price, on_progress))
+        return [dataclasses.replace(known[site.name], weight=weight_of(site)) for site, _ in assignment.chosen]
 
     front: tuple[FrontPoint, ...]
     asked = [(site, method, menus[site.name]) for site, method in assignment.chosen]
@@ -241,19 +250,19 @@ def _price(
     decomposition: Decomposition,
     menu: Sequence[Structure],
     importance: Importance | None,
-    loss_weight: float,
     before: _Priced | None,
     *,
     keep_all: bool,
 ) -> _Priced:
     """Prices of a menu, beside those of `before`. Unless all are kept, only what loses less than everything smaller: no
     other can be chosen."""
+    prices = dict(before.prices) if before else {}
+    menu = [structure for structure in menu if structure not in prices]
     weight = site_weight(model, site)
     matrix = as_matrix(weight, f"the weight of {site.name!r}")
     analysis = (before and before.analysis) or decomposition.analyse_for(matrix, importance)
     energy = squared_norm(matrix) if importance is None else importance.squared_norm(matrix)
     squared = analysis.squared_errors(menu)
-    prices = dict(before.prices) if before else {}
     prices.update((s, 0.0 if energy == 0 else error / energy) for s, error in zip(menu, squared, strict=True))
     menu, errors = list(prices), list(prices.values())
     fronts = fronts_of(decomposition, menu, errors)
@@ -263,7 +272,7 @@ def _price(
     structures, losses = tuple(menu[i] for i in kept), tuple(errors[i] for i in kept)
     same_memory = matrix.data_ptr() == weight.data_ptr()  # a widened copy of every weight would double the memory
     analysis_kept = analysis if same_memory else None
-    return _Priced(site, decomposition, (None, *structures), (0.0, *losses), analysis_kept, fronts, loss_weight, prices)
+    return _Priced(site, decomposition, (None, *structures), (0.0, *losses), analysis_kept, fronts, prices)
 
 
 def _solve(

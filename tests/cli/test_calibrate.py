@@ -48,7 +48,7 @@ def test_a_plan_is_replayed_with_moments(cli, work, texts):
 
 def test_measured_sensitivities_change_the_plan(cli, work, texts):
     options = ("plan", "bert", "-m", "svd", "--ratio", "2", "--calibrate", texts, "--json")
-    hows = ("parameters", "balanced", "measured")
+    hows = ("parameters", "balanced", "measured", "searched")
     plans = {how: cli(*options, "--sensitivity", how).json() for how in hows}
     sizes = {how: tuple(site["params"] for site in plan["sites"]) for how, plan in plans.items()}
     assert len(set(sizes.values())) == len(hows)

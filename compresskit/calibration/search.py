@@ -1,0 +1,130 @@
+"""Searched sensitivities: what layers count, by what whole compressed models make of the samples.
+
+The budget adds up errors of layers. What that leaves out is most where most is compressed: errors of some layers, such
+as a word embedding, spoil all that comes after, and those of others hardly matter. So layers of one shape get a factor
+on what their errors count; for some factors the budget is solved, everything fitted, and the compressed model run on
+the samples; the factors whose model answers nearest to the dense one are taken. One shape after the other, by factors
+of four and then of two; what has been priced and fitted is not priced and fitted again.
+"""
+
+import copy
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from compresskit.calibration.collect import undisturbed
+from compresskit.calibration.data import Batch
+from compresskit.calibration.sensitivity import answer_of
+from compresskit.core.importance import Importance
+from compresskit.core.structure import Structure
+from compresskit.errors import CalibrationError
+from compresskit.surgery.apply import SiteFit, apply_, fit_site
+from compresskit.surgery.parallel import map_in_threads
+from compresskit.surgery.plan import PlannedSite
+from compresskit.surgery.pricing import OnProgress, Planned, Progress
+from compresskit.surgery.sites import find_sites
+
+STEPS = (4.0, 2.0)
+"""Factors by which what a shape counts is changed, one round with each."""
+
+PlanOf = Callable[[Mapping[str, float]], Planned]
+
+
+def search_sensitivities(
+    model: nn.Module,
+    plan_of: PlanOf,
+    batches: Sequence[Batch],
+    importances: Mapping[str, Importance],
+    start: Mapping[str, float],
+    *,
+    on_progress: OnProgress | None = None,
+) -> dict[str, float]:
+    """By name of each site, what its squared relative error counts; never worse on the samples than the start.
+
+    Args:
+        plan_of: the plan for some sensitivities; asked some ten to thirty times.
+        batches: samples, as `list(read_batches(...))`.
+        importances: by site name; what fits go by.
+        start: sensitivities of all sites.
+        on_progress: called after each compressed model.
+
+    Raises:
+        CalibrationError: no samples, or the model returns neither a last hidden state nor logits.
+    """
+    if not batches:
+        raise CalibrationError("sensitivities are searched on samples: give batches, as list(read_batches(...))")
+    shapes: dict[object, list[str]] = {}
+    for site in find_sites(model).sites:
+        if site.name in start:
+            shapes.setdefault((site.rows, site.cols, site.kinds), []).append(site.name)
+    trials = _Trials(model, plan_of, batches, importances, 1 + 2 * len(STEPS) * len(shapes), on_progress)
+    best = dict(start)
+    least = trials.error(best)
+    for step, names in itertools.product(STEPS, shapes.values() if len(shapes) > 1 else ()):
+        for factor in (step, 1 / step):
+            tried = _times(best, names, factor)
+            while (error := trials.error(tried)) < least:
+                best, least, tried = tried, error, _times(tried, names, factor)
+    return best
+
+
+def _times(sensitivities: Mapping[str, float], names: Sequence[str], factor: float) -> dict[str, float]:
+    return {name: value * factor if name in names else value for name, value in sensitivities.items()}
+
+
+def _ignore(_: object) -> None:
+    """The search shows whole models, not their layers."""
+
+
+@final
+class _Trials:
+    """Compressed models and their errors; fits and errors of plans are remembered."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan_of: PlanOf,
+        batches: Sequence[Batch],
+        importances: Mapping[str, Importance],
+        usual: int,
+        on_progress: OnProgress | None,
+    ) -> None:
+        self._usual = usual
+        self._model, self._plan_of, self._batches, self._importances = model, plan_of, batches, importances
+        self._on_progress = on_progress
+        self._fits: dict[tuple[str, Structure], SiteFit] = {}
+        self._errors: dict[frozenset[tuple[str, Structure]], float] = {}
+        self._wanted = self._answers(model)
+        self._energy = sum(float(answer.double().square().sum()) for answer in self._wanted) or 1.0
+
+    def error(self, sensitivities: Mapping[str, float]) -> float:
+        """Squared relative error of the answers on the samples."""
+        planned = self._plan_of(sensitivities)
+        key = frozenset((site.site.name, site.structure) for site in planned.plan.sites)
+        if key not in self._errors:
+            sites, device = planned.plan.sites, next(self._model.parameters()).device
+            made = map_in_threads(lambda site: self._fit(site, planned), sites, device=device, on_done=_ignore)
+            fits = {site.site.name: fit for site, fit in zip(sites, made, strict=True)}
+            small = copy.deepcopy(self._model)
+            apply_(small, planned.plan, importances=self._importances, fits=fits)
+            pairs = zip(self._answers(small), self._wanted, strict=True)
+            lost = sum(float((ours - answer).double().square().sum()) for ours, answer in pairs)
+            self._errors[key] = error = lost / self._energy
+            if self._on_progress is not None:
+                done = len(self._errors)
+                self._on_progress(Progress("search", f"model {done}", done, max(done, self._usual), error**0.5))
+        return self._errors[key]
+
+    def _fit(self, planned: PlannedSite, plan: Planned) -> SiteFit:
+        key = (planned.site.name, planned.structure)
+        if key not in self._fits:
+            name = planned.site.name
+            self._fits[key] = fit_site(self._model, planned, self._importances.get(name), plan.analyses.get(name))
+        return self._fits[key]
+
+    def _answers(self, model: nn.Module) -> list[Tensor]:
+        with undisturbed(model), torch.no_grad():
+            return [answer_of(model, batch) for batch in self._batches]
