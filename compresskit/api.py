@@ -10,7 +10,7 @@ from compresskit.calibration import Calibration, Refine, calibrate
 from compresskit.calibration.data import Batch
 from compresskit.calibration.search import search_sensitivities
 from compresskit.calibration.sequential import fit_in_order
-from compresskit.calibration.weights import importances_of
+from compresskit.calibration.weights import expecting_errors, importances_of
 from compresskit.core.decomposition import Decomposition
 from compresskit.core.importance import Importance
 from compresskit.core.registry import decomposition
@@ -43,6 +43,7 @@ def compress(
     calibration: Calibration | None = None,
     sensitivities: Mapping[str, float] | None = None,
     search: Sequence[Batch] | None = None,
+    robust: bool = False,
     samples: Sequence[Batch] | None = None,
     sequential: bool = False,
     refine: Refine | None = None,
@@ -75,6 +76,8 @@ def compress(
             default as much as it has parameters.
         search: batches of samples to search on by how much more or less layers of each shape should count than that:
             some ten to thirty models are compressed, and that which answers nearest to the dense one on these is made.
+        robust: fit for inputs that are off as much as the layers before are expected to answer wrongly. Better where
+            much is compressed, Kronecker products above all; structures are chosen as without.
         samples: batches, as `list(read_batches(...))`, that `sequential` and `refine` run on; without `calibration`,
             the model is calibrated on them.
         sequential: fit layer after layer to the dense answers on what the compressed layers before give. About eight
@@ -97,7 +100,9 @@ def compress(
     """
     started = time.perf_counter()
     check_unquantized(model)
-    calibration, importances = _importances(model, calibration, samples, sequential=sequential, refine=refine)
+    calibration, importances = _importances(
+        model, calibration, samples, robust=robust, sequential=sequential, refine=refine
+    )
     planned = _plan(
         model,
         method,
@@ -114,15 +119,19 @@ def compress(
         importances,
         sensitivities,
         search,
+        robust,
         on_progress,
     )
+    analyses = planned.analyses
+    if robust:
+        importances, analyses = expecting_errors(importances, planned.plan), {}
     report = apply_(
         model,
         planned.plan,
-        analyses=planned.analyses,
+        analyses=analyses,
         importances=importances,
         fits=_fits(model, planned.plan, importances, samples, sequential, refine, on_progress),
-        calibration=_facts(calibration, sequential=sequential, refine=refine),
+        calibration=_facts(calibration, robust=robust, sequential=sequential, refine=refine),
         on_progress=on_progress,
         started=started,
     )
@@ -135,6 +144,7 @@ def apply(
     plan: Plan,
     *,
     calibration: Calibration | None = None,
+    robust: bool = False,
     samples: Sequence[Batch] | None = None,
     sequential: bool = False,
     refine: Refine | None = None,
@@ -144,7 +154,7 @@ def apply(
     """Do what a plan says, one made by `plan` or read by `plan_from_json`. In place; all or nothing, like `compress`.
 
     Args:
-        calibration, samples, sequential, refine: fit to data, as in `compress`.
+        calibration, robust, samples, sequential, refine: fit to data, as in `compress`.
 
     Raises:
         PlanError: the plan is for another model.
@@ -153,13 +163,17 @@ def apply(
     """
     check_unquantized(model)
     started = time.perf_counter()
-    calibration, importances = _importances(model, calibration, samples, sequential=sequential, refine=refine)
+    calibration, importances = _importances(
+        model, calibration, samples, robust=robust, sequential=sequential, refine=refine
+    )
+    if robust:
+        importances = expecting_errors(importances, plan)
     report = apply_(
         model,
         plan,
         importances=importances,
         fits=_fits(model, plan, importances, samples, sequential, refine, on_progress),
-        calibration=_facts(calibration, sequential=sequential, refine=refine),
+        calibration=_facts(calibration, robust=robust, sequential=sequential, refine=refine),
         on_progress=on_progress,
         started=started,
     )
@@ -184,10 +198,11 @@ def plan(
     calibration: Calibration | None = None,
     sensitivities: Mapping[str, float] | None = None,
     search: Sequence[Batch] | None = None,
+    robust: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Plan:
     """What `compress` would do, as data; arguments and errors are the same. The model is not changed."""
-    _, importances = _importances(model, calibration, None)
+    _, importances = _importances(model, calibration, None, robust=robust)
     return _plan(
         model,
         method,
@@ -204,6 +219,7 @@ def plan(
         importances,
         sensitivities,
         search,
+        robust,
         on_progress,
     ).plan
 
@@ -224,6 +240,7 @@ def _plan(
     importances: Mapping[str, Importance],
     sensitivities: Mapping[str, float] | None,
     search: Sequence[Batch] | None,
+    robust: bool,
     on_progress: OnProgress | None,
 ) -> Planned:
     survey = find_sites(model)
@@ -258,7 +275,9 @@ def _plan(
         start = sensitivities
         if start is None:
             start = {site.name: float(site.num_params) for site, _ in assignment.chosen}
-        sensitivities = search_sensitivities(model, plan_for, search, importances, start, on_progress=on_progress)
+        sensitivities = search_sensitivities(
+            model, plan_for, search, importances, start, robust=robust, on_progress=on_progress
+        )
     return plan_for(sensitivities)
 
 
@@ -267,6 +286,7 @@ def _importances(
     calibration: Calibration | None,
     samples: Sequence[Batch] | None,
     *,
+    robust: bool = False,
     sequential: bool = False,
     refine: Refine | None = None,
 ) -> tuple[Calibration | None, dict[str, Importance]]:
@@ -275,6 +295,8 @@ def _importances(
         raise CalibrationError("sequential and refine run on samples: give samples=list(read_batches(...))")
     if calibration is None and samples is not None:
         calibration = calibrate(model, samples, samples=sum(len(next(iter(batch.values()))) for batch in samples) or 1)
+    if robust and calibration is None:
+        raise CalibrationError("robust fits are fits to what layers see: give calibration= or samples=")
     return calibration, {} if calibration is None else importances_of(calibration, model)
 
 
@@ -295,10 +317,12 @@ def _fits(
     )
 
 
-def _facts(calibration: Calibration | None, *, sequential: bool, refine: Refine | None) -> dict[str, Any] | None:
+def _facts(
+    calibration: Calibration | None, *, robust: bool, sequential: bool, refine: Refine | None
+) -> dict[str, Any] | None:
     if calibration is None:
         return None
-    how = {"sequential": sequential, "refine_epochs": None if refine is None else refine.epochs}
+    how = {"robust": robust, "sequential": sequential, "refine_epochs": None if refine is None else refine.epochs}
     return {**calibration.to_json(), **how, "warnings": calibration.warnings()}
 
 

@@ -33,12 +33,14 @@ class Samples:
     sequential: bool = False
     refine: int | None = None
     sensitivity: str = PARAMETERS
+    robust: bool = False
 
     def check(self) -> None:
         """Raise UsageError where options contradict each other."""
         if self.calibrate is not None and self.calibration is not None:
             raise click.UsageError("--calibrate collects from texts, --calibration reads a file: give one of them")
         given = {"--samples": self.samples, "--max-length": self.max_length, "--gradients": self.gradients or None}
+        given |= {"--robust": (self.robust and self.calibration is None) or None}
         given |= {"--sequential": self.sequential or None, "--refine": self.refine}
         given |= {f"--sensitivity {self.sensitivity}": (self.sensitivity != PARAMETERS) or None}
         idle = [option for option, value in given.items() if value is not None]
@@ -54,6 +56,8 @@ class Samples:
             said |= {"sequential": self.sequential, "refine": self.refine, "sensitivity": self.sensitivity}
         elif self.calibration is not None:
             said = {"calibration": self.calibration.name}
+        if said:
+            said["robust"] = self.robust
         return said
 
     def collect(
@@ -65,30 +69,25 @@ class Samples:
         if self.calibration is not None:
             read = load_calibration(self.calibration)
             read.check(model)
-            return {"calibration": read}
+            return {"calibration": read, "robust": self.robust}
         if self.calibrate is None:
             return {}
         size = {"samples": self.samples or SAMPLES, "max_length": self.max_length or MAX_LENGTH, "seed": seed}
         made = collect(model, folder, self.calibrate, gradients=self.gradients, on_progress=on_progress, **size)
+        found: dict[str, Any] = {"calibration": made, "robust": self.robust}
         if not (self.sequential or self.refine or self.sensitivity != PARAMETERS):
-            return {"calibration": made}
+            return found
         texts = batches(folder, self.calibrate, **size)
-        weights: dict[str, Any] = {}
         few = texts[: max(1, len(texts) // MEASURED_SHARE)]
         if self.sensitivity == SEARCHED:
-            weights = {"search": few}
+            found["search"] = few
         elif self.sensitivity != PARAMETERS:
             measured = measure_sensitivities(model, few, made, on_progress=on_progress)
-            weights = {"sensitivities": balanced(model, measured) if self.sensitivity == BALANCED else measured}
-        if not (self.sequential or self.refine):
-            return {"calibration": made, **weights}
-        return {
-            "calibration": made,
-            **weights,
-            "samples": texts,
-            "sequential": self.sequential,
-            "refine": None if self.refine is None else Refine(epochs=self.refine),
-        }
+            found["sensitivities"] = balanced(model, measured) if self.sensitivity == BALANCED else measured
+        if self.sequential or self.refine:
+            found |= {"samples": texts, "sequential": self.sequential}
+            found["refine"] = None if self.refine is None else Refine(epochs=self.refine)
+        return found
 
 
 def batches(folder: Path, data: str, *, samples: int, max_length: int, seed: int) -> list[Any]:
@@ -145,6 +144,7 @@ def calibration_options(function: F) -> F:
             help="What a layer's error counts: its parameters, what it does to the model's output on the texts, both, "
             "or what makes the best of some models.",
         ),
+        click.option("--robust", is_flag=True, help="Expect inputs to be off, since layers before are compressed too."),
         click.option(
             "--calibration", type=click.Path(path_type=Path), help="What `compresskit calibrate` saved, instead."
         ),

@@ -14,7 +14,7 @@ from benchmarks.options import rule
 TEXTS = "text"
 """The folder of plain text that the folder of `--data` holds."""
 BATCH = 32
-HOWS = ("plain", "weighted", "gradients", "sequential", "refined")
+HOWS = ("plain", "weighted", "robust", "gradients", "sequential", "sequential robust", "refined")
 ENCODER = "encoder.*"
 SENSITIVITIES = ("parameters", "balanced", "searched")
 SHARE = 4
@@ -29,7 +29,8 @@ class DataAware(Experiment):
 
     Args:
         fits: each a method of compresskit and how it is fitted (`svd weighted`), or a baseline (`svd-llm`, `asvd`).
-            `sequential` is weighted and sequential; `refined` is refined as well.
+            `robust` is weighted and expects inputs to be off; `sequential` is weighted and sequential; `refined` is
+            refined as well.
         scope: `whole`: any layer, embeddings included, the ratio is that of the model. `encoder`: layers of the encoder
             alone, and the ratio is that of the encoder's parameters.
         ratio: original / compressed parameters.
@@ -112,6 +113,7 @@ class DataAware(Experiment):
             raise SuiteError(
                 f"a fit is METHOD HOW with HOW one of {', '.join(HOWS)}, or {' or '.join(BASELINES)}: {fit!r}"
             )
+        in_order = how == "refined" or how.startswith("sequential")
         if how == "gradients":
             moments = calibrate(dense, batches, samples=self.samples, gradients=True)
         report = compresskit.compress(
@@ -123,8 +125,9 @@ class DataAware(Experiment):
             calibration=None if how == "plain" else moments,
             sensitivities=sensitivities,
             search=batches[: len(batches) // SHARE] if self.sensitivity == "searched" else None,
-            samples=batches if how in ("sequential", "refined") else None,
-            sequential=how in ("sequential", "refined"),
+            robust="robust" in how,
+            samples=batches if in_order else None,
+            sequential=in_order,
             refine=Refine(epochs=self.epochs) if how == "refined" else None,
         ).to_json()
         return small, {name: report[name] for name in KEPT}

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from compresskit.calibration.collect import undisturbed
 from compresskit.calibration.data import Batch
 from compresskit.calibration.sensitivity import answer_of
+from compresskit.calibration.weights import expecting_errors
+from compresskit.core.decomposition import Analysis
 from compresskit.core.importance import Importance
 from compresskit.core.structure import Structure
 from compresskit.errors import CalibrationError
@@ -40,6 +42,7 @@ def search_sensitivities(
     importances: Mapping[str, Importance],
     start: Mapping[str, float],
     *,
+    robust: bool = False,
     on_progress: OnProgress | None = None,
 ) -> dict[str, float]:
     """By name of each site, what its squared relative error counts; never worse on the samples than the start.
@@ -49,6 +52,7 @@ def search_sensitivities(
         batches: samples, as `list(read_batches(...))`.
         importances: by site name; what fits go by.
         start: sensitivities of all sites.
+        robust: fit for inputs that are off, as `expecting_errors` says.
         on_progress: called after each compressed model.
 
     Raises:
@@ -60,7 +64,8 @@ def search_sensitivities(
     for site in find_sites(model).sites:
         if site.name in start:
             shapes.setdefault((site.rows, site.cols, site.kinds), []).append(site.name)
-    trials = _Trials(model, plan_of, batches, importances, 1 + 2 * len(STEPS) * len(shapes), on_progress)
+    usual = 1 + 2 * len(STEPS) * len(shapes)
+    trials = _Trials(model, plan_of, batches, importances, robust=robust, usual=usual, on_progress=on_progress)
     best = dict(start)
     least = trials.error(best)
     for step, names in itertools.product(STEPS, shapes.values() if len(shapes) > 1 else ()):
@@ -89,13 +94,15 @@ class _Trials:
         plan_of: PlanOf,
         batches: Sequence[Batch],
         importances: Mapping[str, Importance],
+        *,
+        robust: bool,
         usual: int,
         on_progress: OnProgress | None,
     ) -> None:
-        self._usual = usual
+        self._robust, self._usual = robust, usual
         self._model, self._plan_of, self._batches, self._importances = model, plan_of, batches, importances
         self._on_progress = on_progress
-        self._fits: dict[tuple[str, Structure], SiteFit] = {}
+        self._fits: dict[tuple[str, Structure, float], SiteFit] = {}
         self._errors: dict[frozenset[tuple[str, Structure]], float] = {}
         self._wanted = self._answers(model)
         self._energy = sum(float(answer.double().square().sum()) for answer in self._wanted) or 1.0
@@ -106,10 +113,16 @@ class _Trials:
         key = frozenset((site.site.name, site.structure) for site in planned.plan.sites)
         if key not in self._errors:
             sites, device = planned.plan.sites, next(self._model.parameters()).device
-            made = map_in_threads(lambda site: self._fit(site, planned), sites, device=device, on_done=_ignore)
+            seen = expecting_errors(self._importances, planned.plan) if self._robust else self._importances
+            analyses = {} if self._robust else planned.analyses
+
+            def fit(site: PlannedSite) -> SiteFit:
+                return self._fit(site, seen.get(site.site.name), analyses.get(site.site.name))
+
+            made = map_in_threads(fit, sites, device=device, on_done=_ignore)
             fits = {site.site.name: fit for site, fit in zip(sites, made, strict=True)}
             small = copy.deepcopy(self._model)
-            apply_(small, planned.plan, importances=self._importances, fits=fits)
+            apply_(small, planned.plan, importances=seen, fits=fits)
             pairs = zip(self._answers(small), self._wanted, strict=True)
             lost = sum(float((ours - answer).double().square().sum()) for ours, answer in pairs)
             self._errors[key] = error = lost / self._energy
@@ -118,11 +131,10 @@ class _Trials:
                 self._on_progress(Progress("search", f"model {done}", done, max(done, self._usual), error**0.5))
         return self._errors[key]
 
-    def _fit(self, planned: PlannedSite, plan: Planned) -> SiteFit:
-        key = (planned.site.name, planned.structure)
+    def _fit(self, planned: PlannedSite, importance: Importance | None, analysis: Analysis | None) -> SiteFit:
+        key = (planned.site.name, planned.structure, 0.0 if importance is None else importance.noise)
         if key not in self._fits:
-            name = planned.site.name
-            self._fits[key] = fit_site(self._model, planned, self._importances.get(name), plan.analyses.get(name))
+            self._fits[key] = fit_site(self._model, planned, importance, analysis)
         return self._fits[key]
 
     def _answers(self, model: nn.Module) -> list[Tensor]:

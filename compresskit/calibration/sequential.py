@@ -35,6 +35,11 @@ DAMPING = 0.01
 """Share of the mean of the diagonal that is added to the second moment before it is inverted, as in GPTQ; it draws W*
 towards W where samples say little."""
 
+UNSEEN_NOISE = 0.1
+"""Noise of robust fits here, whatever the plan expects: what the compressed layers before do to other texts than the
+samples; what they do to these is seen. On all-MiniLM-L6-v2 Kronecker products keep more with it where much is lost,
+STS-B .486 to .551 for the whole model at 19, .764 to .771 for the encoder at 8, and the SVD keeps as much as without."""
+
 
 def fit_in_order(
     model: nn.Module,
@@ -176,7 +181,8 @@ class _Work:
         identity = torch.eye(len(ours), dtype=ours.dtype, device=ours.device) * damped
         wanted = torch.linalg.solve(ours + identity, (target + damped * weight.double()).T).T.to(weight.dtype)
         known = self.importances.get(site.name)
-        importance = Importance(cols=ours.float(), rows=None if known is None else known.rows)
+        rows, robust = (None, False) if known is None else (known.rows, known.noise > 0)
+        importance = Importance(cols=ours.float(), rows=rows, noise=UNSEEN_NOISE if robust else 0.0)
         fitted = planned.decomposition.fit(wanted, structure=planned.structure, importance=importance)
         small = planned.structure.dense(fitted.factors)
         error = _output_error(weight.double(), small.double(), cross, ours, dense)

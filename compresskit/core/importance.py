@@ -41,6 +41,8 @@ class Importance:
             frequencies of an embedding, Fisher information summed over each row. None: the identity.
         mean: E[x] (cols,), for the correction of the bias; fits do not read it.
         ridge: share of the mean of the diagonal that fits add to the diagonals of C and R.
+        noise: the same for C alone: how far off, squared and relative, fits should expect the inputs to be, because
+            layers before are compressed as well.
 
     Raises:
         ImportanceError: not finite, not symmetric, negative, or of another shape than a square matrix or a vector.
@@ -50,6 +52,7 @@ class Importance:
     rows: Tensor | None = None
     mean: Tensor | None = None
     ridge: float = RIDGE
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         for name, moment in (("cols", self.cols), ("rows", self.rows)):
@@ -57,8 +60,9 @@ class Importance:
                 _check_moment(name, moment)
         if self.mean is not None:
             _check_numbers("mean", self.mean, (1,))
-        if not 0 <= self.ridge < math.inf:
-            raise ImportanceError(f"ridge is a share of the mean of the diagonal, at least 0; got {self.ridge}")
+        for name, share in (("ridge", self.ridge), ("noise", self.noise)):
+            if not 0 <= share < math.inf:
+                raise ImportanceError(f"{name} is a share of the mean of the diagonal, at least 0; got {share}")
 
     @property
     def is_identity(self) -> bool:
@@ -116,7 +120,7 @@ class Importance:
     def metric(self, like: Tensor) -> "Metric":
         """What fits work with, in float64 on the device of `like`; see Metric."""
         rows, row_scale = _damped(self.rows, self.ridge, like.device)
-        cols, col_scale = _damped(self.cols, self.ridge, like.device)
+        cols, col_scale = _damped(self.cols, self.ridge + self.noise, like.device)
         return Metric(rows, cols, row_scale * col_scale)
 
 

@@ -48,6 +48,7 @@ def command(
     max_length: int | None,
     gradients: bool,
     sensitivity: str,
+    robust: bool,
     calibration: Path | None,
     sequential: bool,
     refine: int | None,
@@ -70,7 +71,7 @@ def command(
     from compresskit_cli.speed import speedup, time_dense
 
     options = Choice(**choice)
-    texts = Samples(calibrate, samples, max_length, gradients, calibration, sequential, refine, sensitivity)
+    texts = Samples(calibrate, samples, max_length, gradients, calibration, sequential, refine, sensitivity, robust)
     texts.check()
     if plan_file is not None and sensitivity != PARAMETERS:
         raise click.UsageError("--plan says what becomes of each layer: --sensitivity has no say in it")

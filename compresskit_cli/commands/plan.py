@@ -38,6 +38,7 @@ def command(
     max_length: int | None,
     gradients: bool,
     sensitivity: str,
+    robust: bool,
     calibration: Path | None,
     **choice: Any,
 ) -> None:
@@ -52,7 +53,7 @@ def command(
     from compresskit_cli.loading import load
 
     arguments = Choice(**choice).arguments()
-    texts = Samples(calibrate, samples, max_length, gradients, calibration, sensitivity=sensitivity)
+    texts = Samples(calibrate, samples, max_length, gradients, calibration, sensitivity=sensitivity, robust=robust)
     texts.check()
     for path, kind in ((output, "JSON"), (plot, "SVG")):
         if path is not None:

@@ -23,8 +23,11 @@ def output_error(model, dense, batches) -> float:
     return (lost / energy) ** 0.5
 
 
-@pytest.mark.parametrize(("method", "aware"), [("svd", True), ("svd", False), ("kronecker", True)])
-def test_it_is_never_worse_than_its_start_on_the_samples(method, aware):
+@pytest.mark.parametrize(
+    ("method", "aware", "robust"),
+    [("svd", True, False), ("svd", False, False), ("kronecker", True, False), ("kronecker", True, True)],
+)
+def test_it_is_never_worse_than_its_start_on_the_samples(method, aware, robust):
     dense = build("bert").eval()
     with torch.no_grad():
         dense.get_submodule("encoder.layer.1.output.dense").weight.mul_(20)
@@ -33,7 +36,7 @@ def test_it_is_never_worse_than_its_start_on_the_samples(method, aware):
     for name, search in (("start", None), ("searched", samples(2))):
         small = copy.deepcopy(dense)
         how = {"search": search, "on_progress": lambda step: seen.append(step) if step.stage == "search" else None}
-        compresskit.compress(small, method, ratio=2.5, calibration=calibration, **how, **LINEAR)
+        compresskit.compress(small, method, ratio=2.5, calibration=calibration, robust=robust, **how, **LINEAR)
         errors[name] = output_error(small, dense, samples(2))
     assert_unchanged(dense, before)
     assert errors["searched"] <= errors["start"] * (1 + 1e-4)

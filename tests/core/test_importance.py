@@ -100,6 +100,15 @@ def test_the_metric_is_normalised_and_scales_back(cols, rows, exponent):
         torch.testing.assert_close(float(dense(moment.values, n).diagonal().mean()), 1.0, rtol=1e-6, atol=0)
 
 
+def test_noise_is_expected_of_inputs_alone_and_of_all_directions_alike():
+    cols, rows, difference = second_moment(6), second_moment(4), normal(4, 6)
+    quiet, noisy = (Importance(cols, rows, noise=noise).metric(cols) for noise in (0.0, 0.5))
+    expected = quiet.cols.values + 0.5 * torch.eye(6)  # of mean 1 on its diagonal
+    torch.testing.assert_close(noisy.cols.values, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(noisy.rows.values, quiet.rows.values, rtol=0, atol=0)
+    assert Importance(cols, rows, noise=0.5).squared_norm(difference) == Importance(cols, rows).squared_norm(difference)
+
+
 def test_a_moment_of_zero_says_nothing_and_costs_nothing():
     metric = Importance(torch.zeros(3, 3), torch.ones(2)).metric(torch.zeros(1))
     assert metric.cols.is_identity
@@ -146,6 +155,7 @@ def test_what_summing_in_float32_leaves_is_accepted():
         ({"cols": -torch.eye(2)}, "cols weighs entry 0 with -1"),
         ({"ridge": -1.0}, "ridge is a share of the mean of the diagonal, at least 0; got -1"),
         ({"ridge": math.nan}, "at least 0; got nan"),
+        ({"noise": -0.5}, "noise is a share of the mean of the diagonal, at least 0; got -0.5"),
     ],
 )
 def test_what_is_no_importance_is_refused(arguments, message):
