@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, final
 
 from benchmarks.experiments import Experiment, Outcome
-
-Side = tuple[int, int]
+from benchmarks.products import nearest_product, side
 
 
 @final
@@ -54,10 +53,10 @@ class UnitOrder(Experiment):
         import torch
         from scipy.optimize import linear_sum_assignment
 
-        first, second = (_side(text) for text in (self.first, self.second))
+        first, second = (side(text) for text in (self.first, self.second))
         order, kept = torch.arange(len(enter)), []
         for _ in range(self.rounds + 1):
-            products = _nearest(enter[order], first), _nearest(leave[:, order], second)
+            products = nearest_product(enter[order], first), nearest_product(leave[:, order], second)
             energies = [float(product.square().sum()) for product in products]
             kept.append(sum(energies) / float(enter.square().sum() + leave.square().sum()))
             met = products[0] @ enter.T + products[1].T @ leave  # (places, units)
@@ -75,17 +74,3 @@ class UnitOrder(Experiment):
             "with units in the best order found": f"{figures['kept']['ordered']:.3f}",
             "time": f"{figures['time_s']:.0f} s",
         }
-
-
-def _side(text: str) -> Side:
-    p, q = text.split("x")
-    return int(p), int(q)
-
-
-def _nearest(weight: Any, small: Side) -> Any:
-    """The nearest left (p, q) (x) right, as a matrix."""
-    import compresskit
-
-    method = compresskit.Kronecker(left=small, terms=1)
-    (structure,) = method.menu(*weight.shape)
-    return structure.dense(method.fit(weight, structure=structure).factors)
