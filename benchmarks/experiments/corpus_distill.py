@@ -29,6 +29,7 @@ class CorpusDistill(Experiment):
         part: `model`: the ratio is that of the whole model; `encoder`: only the encoder is compressed and trained, and
             the ratio is its own.
         calibration: fit to what the layers see on so many of the texts; 0: to the weights alone.
+        fit: `robust`: expecting inputs to be off; with a calibration.
         model: `minilm`, or a random one.
         texts: `data`: the folder `text` in that of --data; `own`: the sentences of the benchmarks.
         unit, max_length: of `compresskit.tasks.load_corpus`.
@@ -40,7 +41,7 @@ class CorpusDistill(Experiment):
     """
 
     kind: ClassVar[str] = "corpus-distill"
-    later: ClassVar[tuple[str, ...]] = ("rules",)
+    later: ClassVar[tuple[str, ...]] = ("rules", "fit")
 
     method: str
     ratio: float
@@ -62,6 +63,7 @@ class CorpusDistill(Experiment):
     dtype: str = "float32"
     eval_steps: int = 100
     rules: tuple[str, ...] = ()
+    fit: str = "weighted"
 
     def run(self, data: Path | None) -> Outcome:
         with TemporaryDirectory() as work:
@@ -109,6 +111,8 @@ class CorpusDistill(Experiment):
         import compresskit
         from compresskit.calibration import calibrate
 
+        if self.fit not in ("weighted", "robust"):
+            raise SuiteError(f"{self.kind}: fit is weighted or robust, got {self.fit!r}")
         if self.part not in ("model", "encoder") or (self.method, self.part) == (SMALL, "encoder"):
             raise SuiteError(f"{self.kind}: part is model or encoder, and model for {SMALL}; got {self.part!r}")
         params_before = sum(p.numel() for p in dense.parameters())
@@ -119,14 +123,13 @@ class CorpusDistill(Experiment):
         method = compresskit.decomposition(self.method, pairs(self.options.split()))
         student = copy.deepcopy(dense)
         seen = None if not self.calibration else calibrate(dense, rows, samples=self.calibration, seed=self.seed)
-        rules = [rule(text) for text in self.rules]
+        how = {"rules": [rule(text) for text in self.rules], "calibration": seen, "robust": self.fit == "robust"}
         if self.part == "model":
-            report = compresskit.compress(student, method, ratio=self.ratio, rules=rules, calibration=seen)
+            report = compresskit.compress(student, method, ratio=self.ratio, **how)
         else:
             body = sum(p.numel() for p in student.encoder.parameters())
             params = int(params_before - body + body / self.ratio)
-            wanted = {"params": params, "include": "encoder.*"}
-            report = compresskit.compress(student, method, rules=rules, calibration=seen, **wanted)
+            report = compresskit.compress(student, method, params=params, include="encoder.*", **how)
             student.embeddings.requires_grad_(False)
         said = report.to_json()
         return student, {name: said[name] for name in REPORTED}
@@ -153,7 +156,9 @@ class CorpusDistill(Experiment):
                 [configuration["method"], *configuration["options"].split(), *configuration.get("rules", ())]
             ),
             "ratio": f"{configuration['ratio']:g} ({configuration['part']})",
-            "fitted to": f"{configuration['calibration']} texts" if configuration["calibration"] else "weights",
+            "fitted to": f"{configuration['calibration']} texts{', robust' if 'fit' in configuration else ''}"
+            if configuration["calibration"]
+            else "weights",
             "parameters": f"{report['params_after']:,}",
             "steps": f"{training['steps']:,}",
             "tokens": f"{training['tokens']:,}",

@@ -7,12 +7,17 @@ from benchmarks.machine import ROOT
 from benchmarks.runner import RESULTS
 
 README = (ROOT / "README.md").read_text("utf-8")
-BALANCED = ("svd refined, balanced", "svd refined, balanced, more text")
+BALANCED = tuple(f"svd refined, balanced{text}" for text in ("", ", more text", ", most text"))
 TABLES = (
-    ("svd plain", "svd weighted", "svd sequential", "svd refined", *BALANCED, "svd-llm", "asvd"),
+    ("svd plain", "svd weighted", "svd robust", "svd sequential", "svd refined", *BALANCED, "svd-llm", "asvd"),
     (
-        *("kronecker plain", "kronecker weighted", "kronecker sequential", "kronecker refined"),
-        *("tucker plain", "tucker weighted", "monarch weighted", "blast weighted", "svd weighted", "auto weighted"),
+        *("kronecker plain", "kronecker weighted", "kronecker robust", "kronecker sequential"),
+        *("kronecker sequential robust", "kronecker refined"),
+        *(f"kronecker {how}, searched" for how in ("weighted", "robust", "sequential robust")),
+    ),
+    (
+        *("tucker plain", "tucker weighted", "tucker robust", "monarch weighted", "blast weighted", "svd weighted"),
+        "auto weighted",
     ),
 )
 
@@ -36,10 +41,11 @@ def distilled_row(result):
     part = {"model": "whole model", "encoder": "encoder alone"}[configuration["part"]]
     scores = [figures[when]["sts_b"] for when in ("before", "after")]
     rules = "".join(f", {rule}" for rule in configuration.get("rules", ()))
+    robust = ", robust" if "fit" in configuration else ""
     projected = figures["training"]["projection_params"] > 0  # its states have another size
     cells = [
         f"{part}, {configuration['ratio']:g}",
-        configuration["method"] + rules + (", data-aware" if configuration["calibration"] else ""),
+        configuration["method"] + rules + (", data-aware" if configuration["calibration"] else "") + robust,
         f"{figures['report']['params_after']:,}",
         f"{figures['training']['steps']:,}",
         *(f"{score:.3f}" for score in scores),
@@ -75,10 +81,10 @@ def data_aware_rows(results):
         part = {"whole": "whole model", "encoder": "encoder alone"}[configuration["scope"]]
         rules = "".join(f", `{rule}`" for rule in configuration.get("rules", ()))
         cells = found.setdefault(f"{part}, {configuration['ratio']:g}{rules}", {})
-        balanced = ", balanced" if "sensitivity" in configuration else ""
-        balanced += ", more text" if configuration["samples"] > 1024 else ""
+        counted = f", {configuration['sensitivity']}" if "sensitivity" in configuration else ""
+        counted += {6144: ", more text", 12288: ", most text"}.get(configuration["samples"], "")
         for name, figures in result["figures"]["fits"].items():
-            fit = name + balanced
+            fit = name + counted
             said = f"{figures['sts_b']:.3f}"
             assert cells.setdefault(fit, said) == said
     assert {fit for cells in found.values() for fit in cells} >= {fit for fits in TABLES for fit in fits}
