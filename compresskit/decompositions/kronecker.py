@@ -10,7 +10,9 @@ Tried and left out: hidden units of feed-forward networks in the order that suit
 model (the benchmark unit-order). With KroneckerBERT's shapes (8x2 in, 2x8 out) one product keeps half as much energy
 again of all-MiniLM-L6-v2, but what is lost is nearly as much, and nothing follows from it: STS-B .651 and .650 without
 training, .785 and .784 after 150 steps of distillation, hidden error .757 and .748. One order of the hidden size for
-all layers at once found nothing: the one that is there is a fixed point of the search.
+all layers at once found nothing: the one that is there is a fixed point of the search. Attention heads in the best
+order that exchanges find (the benchmark free-choices): one product keeps .300 instead of .285 of the energy of
+attention with 2x2, .088 instead of .081 with 4x4. What pays more is `calibration.rotate_values_`.
 """
 
 import math
