@@ -25,7 +25,7 @@ MIN_FOLDED = 18
 """Text is not folded to less than this."""
 
 LITTLE = 0.9
-"""Above this relative error less than a fifth of a weight's energy is left."""
+"""Above this relative error less than a fifth of the energy, of a weight or of a layer's outputs, is left."""
 
 STAGES = {
     "calibrate": "calibrating",
@@ -186,14 +186,18 @@ def report(report: "Report") -> None:
 
 
 def _warn_little(report: "Report") -> None:
-    """Say of which weights next to nothing is left: no model is of use with such layers until it is trained."""
-    lost = sorted((s for s in report.sites if s.relative_error > LITTLE), key=lambda s: -s.relative_error)
+    """Say of which layers next to nothing is left, of their outputs where these were fitted, else of their weights: no
+    model is of use with such layers until it is trained."""
+    fitted = report.weighted_error is not None
+    errors = {s.name: s.relative_error if s.weighted_error is None else s.weighted_error for s in report.sites}
+    lost = sorted((name for name, error in errors.items() if error > LITTLE), key=lambda name: -errors[name])
     if lost:
-        named = ", ".join(f"{s.name} {s.relative_error:.3f}" for s in lost[:2])
+        named = ", ".join(f"{name} {errors[name]:.3f}" for name in lost[:2])
         say(
-            f"Warning: {len(lost)} of {len(report.sites)} layers keep less than a fifth of the energy of their weights "
-            f"(errors: {named}{', ...' if len(lost) > 2 else ''}). Expect little of the model before it is trained "
-            "(compresskit distill); --method auto, or --rule 'PATTERN=svd' for these layers, may keep more."
+            f"Warning: {len(lost)} of {len(report.sites)} layers keep less than a fifth of the energy of their "
+            f"{'outputs' if fitted else 'weights'} (errors: {named}{', ...' if len(lost) > 2 else ''}). Expect little "
+            "of the model before it is trained (compresskit distill); --method auto, or --rule 'PATTERN=svd' for these "
+            "layers, may keep more."
         )
 
 

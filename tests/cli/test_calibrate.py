@@ -55,6 +55,22 @@ def test_measured_sensitivities_change_the_plan(cli, work, texts):
     assert all(plan["ratio"] >= 2 for plan in plans.values())
 
 
+def test_layers_of_whose_outputs_little_is_left_are_named(cli, work, texts):
+    options = ("compress", "bert", "-m", "kronecker", "--ratio", "12", "--calibrate", texts)
+    sites = cli(*options, "-o", "plain", "--json").json()["sites"]
+    lost = [s for s in sites if (s["relative_error"] if s["weighted_error"] is None else s["weighted_error"]) > 0.9]
+    said = cli(*options, "-o", "out").out
+    assert (
+        f"{len(lost)} of {len(sites)} layers keep less than a fifth of the energy of their outputs" in said
+    ) is bool(lost)
+    assert len(lost) != len([s for s in sites if s["relative_error"] > 0.9])
+
+
+def test_robust_fits_are_said_so(cli, work, texts):
+    done = cli("compress", "bert", "-m", "svd", "--ratio", "2", "--calibrate", texts, "--robust", "-o", "out", "--json")
+    assert done.json()["calibration"]["robust"] is True
+
+
 def test_a_plan_has_no_place_for_sensitivities(cli, fails, work, texts):
     cli("plan", "bert", "-m", "svd", "--ratio", "2", "-o", "plan.json")
     options = ("--plan", "plan.json", "--calibrate", texts, "--sensitivity", "measured")
@@ -66,6 +82,7 @@ def test_a_plan_has_no_place_for_sensitivities(cli, fails, work, texts):
     [
         (("--calibrate", "x", "--calibration", "y"), "give one of them", 2),
         (("--sensitivity", "measured"), "--sensitivity measured need --calibrate", 2),
+        (("--robust",), "--robust need --calibrate", 2),
         (("--samples", "3"), "--samples need --calibrate FILE_OR_FOLDER", 2),
         (("--calibrate", "nowhere"), "there is no file or folder nowhere", 1),
         (("--calibration", "bert/model.safetensors"), "is no calibration", 1),
