@@ -14,7 +14,7 @@ from benchmarks.options import rule
 TEXTS = "text"
 """The folder of plain text that the folder of `--data` holds."""
 BATCH = 32
-HOWS = ("plain", "weighted", "robust", "gradients", "sequential", "sequential robust", "refined")
+HOWS = ("plain", "weighted", "robust", "gradients", "sequential", "sequential robust", "refined", "gradients refined")
 ENCODER = "encoder.*"
 SENSITIVITIES = ("parameters", "balanced", "searched")
 SHARE = 4
@@ -30,7 +30,7 @@ class DataAware(Experiment):
     Args:
         fits: each a method of compresskit and how it is fitted (`svd weighted`), or a baseline (`svd-llm`, `asvd`).
             `robust` is weighted and expects inputs to be off; `sequential` is weighted and sequential; `refined` is
-            refined as well.
+            refined as well; `gradients` weighs by gradients too.
         scope: `whole`: any layer, embeddings included, the ratio is that of the model. `encoder`: layers of the encoder
             alone, and the ratio is that of the encoder's parameters.
         ratio: original / compressed parameters.
@@ -113,8 +113,8 @@ class DataAware(Experiment):
             raise SuiteError(
                 f"a fit is METHOD HOW with HOW one of {', '.join(HOWS)}, or {' or '.join(BASELINES)}: {fit!r}"
             )
-        in_order = how == "refined" or how.startswith("sequential")
-        if how == "gradients":
+        in_order, refined = "refined" in how or "sequential" in how, "refined" in how
+        if "gradients" in how:
             moments = calibrate(dense, batches, samples=self.samples, gradients=True)
         report = compresskit.compress(
             small,
@@ -128,7 +128,7 @@ class DataAware(Experiment):
             robust="robust" in how,
             samples=batches if in_order else None,
             sequential=in_order,
-            refine=Refine(epochs=self.epochs) if how == "refined" else None,
+            refine=Refine(epochs=self.epochs) if refined else None,
         ).to_json()
         return small, {name: report[name] for name in KEPT}
 
