@@ -76,8 +76,8 @@ def compress(
             default as much as it has parameters.
         search: batches of samples to search on by how much more or less layers of each shape should count than that:
             some ten to thirty models are compressed, and that which answers nearest to the dense one on these is made.
-        robust: fit for inputs that are off as much as the layers before are expected to answer wrongly. Better where
-            much is compressed, Kronecker products above all; structures are chosen as without.
+        robust: fit for inputs that are off as much as the layers before are expected to answer wrongly. Structures are
+            chosen as without. Worth a try where much is lost; measured, it helps some sizes and hurts others.
         samples: batches, as `list(read_batches(...))`, that `sequential` and `refine` run on; without `calibration`,
             the model is calibrated on them.
         sequential: fit layer after layer to the dense answers on what the compressed layers before give. About eight

@@ -35,6 +35,10 @@ def expecting_errors(importances: Mapping[str, Importance], plan: Plan) -> dict[
         svd, encoder at 4, e = .11           0 .802 .579   .3 .805 .581   1 .810 .578   3 .804 .571
         svd, whole model at 8, e = .39       0 .752 .522   .1 .753 .521   .3 .748 .526   1 .750 .541
 
+    It is no rule without exceptions, so it is an option: with this noise Kronecker products go from .698 to .608 at 4
+    of the encoder, and at 8 and 19 of the whole model, where answers are wrong by more than their size, from .103 to
+    .154 and from .446 to .307. In order (`fit_in_order`), where little noise is left to expect, it does no harm.
+
     Raises:
         PlanError: the plan expects no error of any layer (all of it was edited).
     """

@@ -9,10 +9,13 @@ from benchmarks.runner import RESULTS
 README = (ROOT / "README.md").read_text("utf-8")
 BALANCED = tuple(f"svd refined, balanced{text}" for text in ("", ", more text", ", most text"))
 TABLES = (
-    ("svd plain", "svd weighted", "svd robust", "svd sequential", "svd refined", *BALANCED, "svd-llm", "asvd"),
     (
-        *("kronecker plain", "kronecker weighted", "kronecker robust", "kronecker sequential"),
-        *("kronecker sequential robust", "kronecker refined"),
+        *("svd plain", "svd weighted", "svd robust", "svd gradients", "svd sequential", "svd refined"),
+        *(*BALANCED, "svd gradients refined, more text", "svd-llm", "asvd"),
+    ),
+    (
+        *("kronecker plain", "kronecker weighted", "kronecker robust", "kronecker gradients"),
+        *("kronecker sequential", "kronecker sequential robust", "kronecker refined"),
         *(f"kronecker {how}, searched" for how in ("weighted", "robust", "sequential robust")),
     ),
     (
