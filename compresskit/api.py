@@ -8,7 +8,7 @@ from torch import nn
 
 from compresskit.calibration import Calibration, Refine, calibrate
 from compresskit.calibration.data import Batch
-from compresskit.calibration.search import search_sensitivities
+from compresskit.calibration.search import search_plan
 from compresskit.calibration.sequential import fit_in_order
 from compresskit.calibration.weights import expecting_errors, importances_of
 from compresskit.core.decomposition import Decomposition
@@ -75,7 +75,7 @@ def compress(
         sensitivities: by layer name, how much its squared relative error counts, from `measure_sensitivities`; by
             default as much as it has parameters.
         search: batches of samples to search on by how much more or less layers of each shape should count than that:
-            some ten to thirty models are compressed, and that which answers nearest to the dense one on these is made.
+            ten models or so are compressed, and that which answers nearest to the dense one on these is made.
         robust: fit for inputs that are off as much as the layers before are expected to answer wrongly. Structures are
             chosen as without. Worth a try where much is lost; measured, it helps some sizes and hurts others.
         samples: batches, as `list(read_batches(...))`, that `sequential` and `refine` run on; without `calibration`,
@@ -103,7 +103,7 @@ def compress(
     calibration, importances = _importances(
         model, calibration, samples, robust=robust, sequential=sequential, refine=refine
     )
-    planned = _plan(
+    planned, searched = _plan(
         model,
         method,
         ratio,
@@ -130,7 +130,7 @@ def compress(
         planned.plan,
         analyses=analyses,
         importances=importances,
-        fits=_fits(model, planned.plan, importances, samples, sequential, refine, on_progress),
+        fits=_fits(model, planned.plan, importances, samples, sequential, refine, on_progress) or searched,
         calibration=_facts(calibration, robust=robust, sequential=sequential, refine=refine),
         on_progress=on_progress,
         started=started,
@@ -221,7 +221,7 @@ def plan(
         search,
         robust,
         on_progress,
-    ).plan
+    )[0].plan
 
 
 def _plan(
@@ -242,7 +242,8 @@ def _plan(
     search: Sequence[Batch] | None,
     robust: bool,
     on_progress: OnProgress | None,
-) -> Planned:
+) -> tuple[Planned, Mapping[str, SiteFit] | None]:
+    """The plan; after a search its fits by site name, too."""
     survey = find_sites(model)
     budget = None
     if not (ratio is None and params is None and keep is None):
@@ -271,14 +272,13 @@ def _plan(
             on_progress=on_progress,
         )
 
-    if search is not None:
-        start = sensitivities
-        if start is None:
-            start = {site.name: float(site.num_params) for site, _ in assignment.chosen}
-        sensitivities = search_sensitivities(
-            model, plan_for, search, importances, start, robust=robust, on_progress=on_progress
-        )
-    return plan_for(sensitivities)
+    if search is None:
+        return plan_for(sensitivities), None
+    start = sensitivities
+    if start is None:
+        start = {site.name: float(site.num_params) for site, _ in assignment.chosen}
+    found = search_plan(model, plan_for, search, importances, start, robust=robust, on_progress=on_progress)
+    return found.planned, found.fits
 
 
 def _importances(

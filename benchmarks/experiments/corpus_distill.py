@@ -8,12 +8,10 @@ from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, final
 
 from benchmarks.experiments import Experiment, ExperimentSkipped, Outcome, SuiteError
-from benchmarks.experiments.quality import REPORTED, STS_B
+from benchmarks.experiments.quality import REPORTED, STS_B, TEXTS
 from benchmarks.options import pairs, rule
 
 SMALL = "small-dense"
-TEXT = Path("text")
-"""The folder with plain text in that of `--data`."""
 
 
 @final
@@ -75,9 +73,9 @@ class CorpusDistill(Experiment):
         from benchmarks.models import load_model
         from compresskit.tasks import TrainSettings
 
-        if self.texts == "data" and (data is None or not (data / TEXT).is_dir()):
-            raise ExperimentSkipped(f"there is no plain text: give a folder that holds {TEXT}/ with --data")
-        source = SENTENCES if data is None or self.texts == "own" else data / TEXT
+        if self.texts == "data" and (data is None or not (data / TEXTS).is_dir()):
+            raise ExperimentSkipped(f"there is no plain text: give a folder that holds {TEXTS}/ with --data")
+        source = SENTENCES if data is None or self.texts == "own" else data / TEXTS
         dense, tokenizer = load_model(self.model, seed=self.seed, sentences=read_sentences())
         rows, held_out = read_corpus(
             source, tokenizer, work / "text", max_length=self.max_length, unit=self.unit, held_out=self.held_out

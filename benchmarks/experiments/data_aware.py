@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any, ClassVar, final
 
 from benchmarks.experiments import Experiment, ExperimentSkipped, Outcome, SuiteError
-from benchmarks.experiments.quality import STS_B
+from benchmarks.experiments.quality import STS_B, TEXTS
 from benchmarks.options import rule
 
-TEXTS = "text"
-"""The folder of plain text that the folder of `--data` holds."""
 BATCH = 32
 HOWS = ("plain", "weighted", "robust", "gradients", "sequential", "sequential robust", "refined", "gradients refined")
 ENCODER = "encoder.*"
@@ -61,7 +59,7 @@ class DataAware(Experiment):
         from compresskit.calibration import calibrate, read_batches
 
         if data is not None and not (data / TEXTS).is_dir():
-            raise ExperimentSkipped(f"the folder of --data has no folder {TEXTS!r} with texts to calibrate on")
+            raise ExperimentSkipped(f"the folder of --data has no folder {TEXTS} with texts to calibrate on")
         if self.scope not in ("whole", "encoder"):
             raise SuiteError(f"scope is whole or encoder, got {self.scope!r}")
         if self.sensitivity not in SENSITIVITIES:

@@ -11,7 +11,8 @@ from benchmarks.experiments import Experiment, Outcome
 from benchmarks.timing import interleave, median_ratio, time_call
 
 STS_B = Path("glue") / "STS-B" / "dev.tsv"
-"""The file that the folder of `--data` holds."""
+TEXTS = Path("text")
+"""A file and a folder, of plain texts, that the folder of `--data` holds."""
 
 
 REPORTED = (

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, final
 
-from benchmarks.experiments import Experiment, Outcome
-
-TEXTS = "text"
+from benchmarks.experiments import Experiment, ExperimentSkipped, Outcome
+from benchmarks.experiments.quality import TEXTS
 
 
 @final
@@ -35,9 +34,11 @@ class ValueRotation(Experiment):
         from benchmarks.models import load_model
         from compresskit.calibration import calibrate, rotate_values_
 
+        if data is not None and not (data / TEXTS).is_dir():
+            raise ExperimentSkipped(f"the folder of --data has no folder {TEXTS} with texts to calibrate on")
         sentences = read_sentences()
         model, tokenizer = load_model(self.model, seed=self.seed, sentences=sentences)
-        texts = sentences if data is None or not (data / TEXTS).is_dir() else data / TEXTS
+        texts = sentences if data is None else data / TEXTS
         size = {"samples": self.samples, "max_length": self.max_tokens}
         moments = calibrate(model, texts, tokenizer=tokenizer, **size)
         turned = copy.deepcopy(model)

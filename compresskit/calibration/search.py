@@ -10,14 +10,13 @@ of four and then of two; what has been priced and fitted is not priced and fitte
 import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import final
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from compresskit.calibration.collect import undisturbed
+from compresskit.calibration.answers import Answers
 from compresskit.calibration.data import Batch
-from compresskit.calibration.sensitivity import answer_of
 from compresskit.calibration.weights import expecting_errors
 from compresskit.core.decomposition import Analysis
 from compresskit.core.importance import Importance
@@ -37,7 +36,16 @@ FitKey = tuple[str, Structure, float]
 PlanOf = Callable[[Mapping[str, float]], Planned]
 
 
-def search_sensitivities(
+@final
+@dataclass(frozen=True)
+class Found:
+    """The best plan that was tried, and its fits by site name."""
+
+    planned: Planned
+    fits: Mapping[str, SiteFit]
+
+
+def search_plan(
     model: nn.Module,
     plan_of: PlanOf,
     batches: Sequence[Batch],
@@ -46,13 +54,13 @@ def search_sensitivities(
     *,
     robust: bool = False,
     on_progress: OnProgress | None = None,
-) -> dict[str, float]:
-    """By name of each site, what its squared relative error counts; never worse on the samples than the start.
+) -> Found:
+    """The plan for the sensitivities that do best; never worse on the samples than that for the start.
 
     Takes the memory of a second model, and of the factors of two compressed ones.
 
     Args:
-        plan_of: the plan for some sensitivities; asked some ten to thirty times.
+        plan_of: the plan for some sensitivities, by name of each site what its squared relative error counts.
         batches: samples, as `list(read_batches(...))`.
         importances: by site name; what fits go by.
         start: sensitivities of all sites.
@@ -77,7 +85,7 @@ def search_sensitivities(
             tried = _times(best, names, factor)
             while (error := trials.error(tried)) < least:
                 best, least, tried = tried, error, _times(tried, names, factor)
-    return best
+    return trials.found
 
 
 def _times(sensitivities: Mapping[str, float], names: Sequence[str], factor: float) -> dict[str, float]:
@@ -92,6 +100,9 @@ def _ignore(_: object) -> None:
 class _Trials:
     """Compressed models and their errors. Errors are remembered, and the fits of the best and of the last model."""
 
+    found: Found
+    """The best so far; there is one after the first."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -104,47 +115,44 @@ class _Trials:
         on_progress: OnProgress | None,
     ) -> None:
         self._robust, self._usual = robust, usual
-        self._model, self._plan_of, self._batches, self._importances = model, plan_of, batches, importances
+        self._model, self._plan_of, self._importances = model, plan_of, importances
         self._on_progress = on_progress
-        self._fits: dict[FitKey, SiteFit] = {}
-        self._best: set[FitKey] = set()
+        self._best: dict[FitKey, SiteFit] = {}
+        self._last: dict[FitKey, SiteFit] = {}
         self._errors: dict[frozenset[tuple[str, Structure]], float] = {}
-        self._wanted = self._answers(model)
-        self._energy = sum(float(answer.double().square().sum()) for answer in self._wanted) or 1.0
+        self._answers = Answers(model, batches)
 
     def error(self, sensitivities: Mapping[str, float]) -> float:
         """Squared relative error of the answers on the samples."""
         planned = self._plan_of(sensitivities)
         key = frozenset((site.site.name, site.structure) for site in planned.plan.sites)
         if key not in self._errors:
-            sites, device = planned.plan.sites, next(self._model.parameters()).device
-            seen = expecting_errors(self._importances, planned.plan) if self._robust else self._importances
-            analyses = {} if self._robust else planned.analyses
-
-            def fit(site: PlannedSite) -> tuple[FitKey, SiteFit]:
-                return self._fit(site, seen.get(site.site.name), analyses.get(site.site.name))
-
-            made = dict(map_in_threads(fit, sites, device=device, on_done=_ignore))
-            fits = {name: fit for (name, _, _), fit in made.items()}
-            small = copy.deepcopy(self._model)
-            apply_(small, planned.plan, importances=seen, fits=fits)
-            pairs = zip(self._answers(small), self._wanted, strict=True)
-            lost = sum(float((ours - answer).double().square().sum()) for ours, answer in pairs)
-            self._errors[key] = error = lost / self._energy
-            if error <= min(self._errors.values()):
-                self._best = {*made}
-            self._fits = {**{k: self._fits[k] for k in self._best & self._fits.keys()}, **made}
+            self._errors[key] = error = self._try(planned)
             if self._on_progress is not None:
                 done = len(self._errors)
                 self._on_progress(Progress("search", f"model {done}", done, max(done, self._usual), error**0.5))
         return self._errors[key]
 
+    def _try(self, planned: Planned) -> float:
+        plan, device = planned.plan, next(self._model.parameters()).device
+        importances = expecting_errors(self._importances, plan) if self._robust else self._importances
+        analyses = {} if self._robust else planned.analyses
+
+        def fit(site: PlannedSite) -> tuple[FitKey, SiteFit]:
+            return self._fit(site, importances.get(site.site.name), analyses.get(site.site.name))
+
+        self._last = dict(map_in_threads(fit, plan.sites, device=device, on_done=_ignore))
+        fits = {name: fit for (name, _, _), fit in self._last.items()}
+        small = copy.deepcopy(self._model)
+        apply_(small, plan, importances=importances, fits=fits)
+        error = self._answers.squared_error(small)
+        if not self._errors or error < min(self._errors.values()):
+            self._best, self.found = self._last, Found(planned, fits)
+        return error
+
     def _fit(
         self, planned: PlannedSite, importance: Importance | None, analysis: Analysis | None
     ) -> tuple[FitKey, SiteFit]:
         key = (planned.site.name, planned.structure, 0.0 if importance is None else importance.noise)
-        return key, self._fits.get(key) or fit_site(self._model, planned, importance, analysis)
-
-    def _answers(self, model: nn.Module) -> list[Tensor]:
-        with undisturbed(model), torch.no_grad():
-            return [answer_of(model, batch) for batch in self._batches]
+        known = self._last.get(key) or self._best.get(key)
+        return key, known or fit_site(self._model, planned, importance, analysis)

@@ -28,10 +28,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from compresskit.calibration.calibrate import forward
+from compresskit.calibration.answers import Answers
 from compresskit.calibration.collect import undisturbed
-from compresskit.calibration.data import Batch, arguments
-from compresskit.calibration.masks import Masks
+from compresskit.calibration.data import Batch
 from compresskit.calibration.moments import Calibration
 from compresskit.calibration.weights import importances_of
 from compresskit.core.decomposition import as_matrix
@@ -73,13 +72,10 @@ def measure_sensitivities(
     importances = {} if calibration is None else importances_of(calibration, model, survey)
     found: dict[str, float] = {}
     with undisturbed(model), torch.no_grad():
-        wanted = [answer_of(model, batch) for batch in batches]
-        energy = sum(float(answer.double().square().sum()) for answer in wanted)
+        answers = Answers(model, batches)
         for site in survey.sites:
             with _probe(model, site, importances.get(site.name)) as error:
-                pairs = ((answer_of(model, batch), answer) for batch, answer in zip(batches, wanted, strict=True))
-                lost = sum(float((ours - answer).double().square().sum()) for ours, answer in pairs)
-            found[site.name] = lost / max(energy, torch.finfo(torch.float64).tiny) / max(error, LEAST_ERROR)
+                found[site.name] = answers.squared_error(model) / max(error, LEAST_ERROR)
             if on_progress is not None:
                 on_progress(Progress("measure", site.name, len(found), len(survey.sites)))
     return found
@@ -120,18 +116,3 @@ def _probe(model: nn.Module, site: Site, importance: Importance | None) -> Itera
 
 def _highest_ratio(site: Site) -> float:
     return site.num_params / (site.rows + site.cols)
-
-
-def answer_of(model: nn.Module, batch: Batch) -> Tensor:
-    """What the model answers, padding as zeros."""
-    given = arguments(model, batch, next(model.parameters()).device)
-    output = forward(model, given, gradients=False)
-    fields: Mapping[str, Tensor] = output if isinstance(output, Mapping) else {}
-    names = ("last_hidden_state", "logits", "start_logits")
-    answer = output if isinstance(output, Tensor) else next((fields[name] for name in names if name in fields), None)
-    if not isinstance(answer, Tensor):
-        raise CalibrationError(
-            f"{type(model).__name__} returns neither a last hidden state nor logits, so there is nothing to measure by"
-        )
-    rows, _ = Masks.of(given).real("decoder", tuple(answer.shape[:-1]))
-    return answer if rows is None else answer * rows.view(answer.shape[:-1])[..., None]
