@@ -43,9 +43,14 @@ def main() -> None:
 @click.option("--force", is_flag=True, help="Measure anew what has a result.")
 @click.option("--only", metavar="GLOB", default="*", help="Only experiments with such a name, as `list` shows them.")
 @click.option("--data", type=EXISTING, help="Folder with evaluation data (glue/STS-B/dev.tsv) and plain text (text).")
+@click.option(
+    "--jobs", type=click.IntRange(min=1), default=1, help="Side by side: for training on a GPU, not for timing."
+)
 @click.option("--work", type=FOLDER, default=WORK, help="Folder where long experiments keep what they can go on from.")
 @_folders
-def run(suite: str, force: bool, only: str, data: Path | None, work: Path, suites: Path, results: Path) -> None:
+def run(
+    suite: str, force: bool, only: str, data: Path | None, jobs: int, work: Path, suites: Path, results: Path
+) -> None:
     """Measure what has no result of the same configuration yet."""
     every = read_suite(suite, suites)
     entries = [entry for entry in every if fnmatchcase(entry.name, only)]
@@ -54,7 +59,7 @@ def run(suite: str, force: bool, only: str, data: Path | None, work: Path, suite
     if data is not None and not (data / STS_B).exists():
         raise click.UsageError(f"the folder of --data has no {STS_B.as_posix()}")
     try:
-        tally = run_suite(entries, results, data=data, work=work, force=force, echo=click.echo)
+        tally = run_suite(entries, results, data=data, work=work, force=force, jobs=jobs, echo=click.echo)
     except KeyboardInterrupt:
         click.echo("interrupted; results that were complete are kept", err=True)
         raise click.exceptions.Exit(130) from None

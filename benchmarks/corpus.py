@@ -77,10 +77,11 @@ class Measure:
     def _states(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         """Last hidden states (batch, time, hidden) and mask (batch, time) of the held-out texts, batch by batch."""
         collate, order = collator(self._tokenizer), sorted(self._held_out, key=lambda row: row["length"])
+        device = next(model.parameters()).device
         with torch.inference_mode():
             for start in range(0, len(order), BATCH):
-                batch = collate(order[start : start + BATCH])
-                yield model(**batch).last_hidden_state, batch["attention_mask"].bool()
+                batch = {name: t.to(device) for name, t in collate(order[start : start + BATCH]).items()}
+                yield model(**batch).last_hidden_state.cpu(), batch["attention_mask"].bool().cpu()
 
 
 @final

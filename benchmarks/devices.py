@@ -1,6 +1,7 @@
 """Running an experiment on a CPU or GPU: where, in which type, how its time is taken. Imports torch: import it late."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
@@ -33,6 +34,17 @@ def find_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise SuiteError(f"there is no dtype {name!r}. Known: {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def trains_on(device: str) -> Literal["auto", "cpu"]:
+    """How `TrainSettings` says that; what is no CPU is the machine's accelerator."""
+    return "cpu" if device == "cpu" else "auto"
+
+
+def multiply_in(dtype: str) -> None:
+    """Let products of float32 run in TensorFloat-32 if that is the type; changes the process."""
+    if dtype == "tf32":
+        torch.set_float32_matmul_precision("high")
 
 
 def device_name(device: torch.device) -> str | None:

@@ -29,15 +29,16 @@ def tokenize(tokenizer: Any, sentences: Sequence[str]) -> Any:
 
 @torch.inference_mode()
 def embed(model: nn.Module, tokenizer: Any, sentences: Sequence[str]) -> Tensor:
-    """Embeddings (sentences, hidden) of unit length: the mean of the last hidden states without padding."""
+    """Embeddings (sentences, hidden) of unit length, on the CPU: the mean of the last hidden states without padding."""
     order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))  # alike in length, little padding
     embedded: dict[int, Tensor] = {}
+    device = next(model.parameters()).device
     for start in range(0, len(order), BATCH):
         indices = order[start : start + BATCH]
-        batch = tokenize(tokenizer, [sentences[i] for i in indices])
+        batch = tokenize(tokenizer, [sentences[i] for i in indices]).to(device)
         hidden = model(**batch).last_hidden_state  # (batch, time, hidden)
         mask = batch["attention_mask"].unsqueeze(-1)
-        pooled = F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+        pooled = F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1).cpu()
         embedded.update(zip(indices, pooled, strict=True))
     return torch.stack([embedded[i] for i in range(len(sentences))])
 

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, final
 
 import transformers
+from filelock import FileLock
 
+from benchmarks.devices import trains_on
 from benchmarks.embeddings import SENTENCES, read_sentences
 from benchmarks.models import REAL, load_model, minilm_folder
 from compresskit.recipes import Preset, distill
@@ -43,6 +45,7 @@ class Workshop:
         model: name of `benchmarks.models`.
         seed: of a random model and of the teachers.
         dtype: bfloat16 multiplies in that type.
+        device: where models are trained.
     """
 
     work: Path
@@ -50,6 +53,7 @@ class Workshop:
     model: str
     seed: int
     dtype: str
+    device: str = "cpu"
 
     def base(self) -> Path:
         """Folder of the pre-trained model."""
@@ -83,37 +87,44 @@ class Workshop:
     def teacher(self, name: str, settings: Mapping[str, Any]) -> Path:
         """Folder `teacher-<task>` of the model that was fine-tuned on a task; made unless it is there."""
         folder = self.work / f"teacher-{name}"
-        if folder.exists():
-            return folder
+        with self._alone(folder):
+            if not folder.exists():
+                self._finetune(name, folder, settings)
+        return folder
+
+    def _finetune(self, name: str, folder: Path, settings: Mapping[str, Any]) -> None:
         task, data = self.task(name)
-        training = TrainSettings(seed=self.seed, bf16=self.dtype == "bfloat16", device="cpu", **settings)
+        where = trains_on(self.device)
+        training = TrainSettings(seed=self.seed, bf16=self.dtype == "bfloat16", device=where, **settings)
         transformers.set_seed(self.seed)  # of the new head
         model = model_for(with_labels_of(task, data, "train"), self.base(), new_head=True)
         tokenizer, run = tokenizer_for(self.base()), self.work / f"teacher-{name}.training"
         resume = interrupted_run(run)
         finetune_(model, tokenizer, with_labels_of(task, data, "train"), data, run, training, resume=resume)
-        _save(model, tokenizer, folder)
+        _save(model.cpu(), tokenizer, folder)
         close_run(run)
-        return folder
 
     def stage_1(self, preset: Preset, ratio: float, texts: str, key: str) -> Path:
         """Folder `stage1-<key>` of a student that was distilled on plain text; made unless it is there."""
         folder = self.work / f"stage1-{key}"
-        if not folder.exists():
-            run = self.work / f"stage1-{key}.training"
-            done = distill(
-                preset,
-                self.base(),
-                run,
-                corpus=self.corpus(texts),
-                ratio=ratio,
-                cache=self.work / "corpus",
-                resume=interrupted_run(run),
-            )
-            said = {"stages": done.to_json()["stages"], "parameters": done.params}
-            _save(done.student, done.tokenizer, folder, {"stage1.json": json.dumps(said)})
-            close_run(run)
+        with self._alone(folder):
+            if not folder.exists():
+                self._distill_on_text(preset, ratio, texts, folder)
         return folder
+
+    def _distill_on_text(self, preset: Preset, ratio: float, texts: str, folder: Path) -> None:
+        run = self.work / f"{folder.name}.training"
+        cache, resume = self.work / "corpus", interrupted_run(run)
+        done = distill(preset, self.base(), run, corpus=self.corpus(texts), ratio=ratio, cache=cache, resume=resume)
+        said = {"stages": done.to_json()["stages"], "parameters": done.params}
+        _save(done.student, done.tokenizer, folder, {"stage1.json": json.dumps(said)})
+        close_run(run)
+
+    def _alone(self, path: Path) -> FileLock:
+        """While it is held no other process makes what lies there; several experiments may run side by side."""
+        locks = self.work / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        return FileLock(locks / path.name)
 
     def distill(
         self, preset: Preset, name: str, teacher: Path, key: str, *, student: Path | None, ratio: float
@@ -130,7 +141,7 @@ class Workshop:
             student=student,
             ratio=ratio if student is None else None,
             cache=self.work / "answers",
-            cache_teacher=True,
+            cache_teacher=self.device == "cpu",  # a GPU answers sooner than a disk
             resume=interrupted_run(run),
         )
         close_run(run)

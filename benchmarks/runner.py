@@ -1,11 +1,13 @@
 """Running a suite: what has no result yet, one process after the other, each result written when it is complete."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, final
@@ -22,6 +24,8 @@ FIELDS = (
     *("figures", "skipped", "wall_time_s", "peak_memory_bytes"),
 )
 """What every result holds."""
+PRELOADED = ("benchmarks.worker", "benchmarks.corpus", "benchmarks.recipes", "transformers.models.bert.modeling_bert")
+"""What takes seconds to import."""
 State = Literal["current", "changed", "incomplete", "missing"]
 
 
@@ -43,6 +47,7 @@ def run_suite(
     data: Path | None,
     work: Path = WORK,
     force: bool,
+    jobs: int = 1,
     echo: Callable[[str], None],
 ) -> Tally:
     """Measure what has no current result. One that fails does not keep the others from being measured.
@@ -52,28 +57,40 @@ def run_suite(
         data: folder with evaluation data, or None.
         work: folder where experiments that take long keep what a later run goes on from.
         force: measure everything anew.
+        jobs: experiments side by side, in the order of the entries; more than one is not for what takes times.
         echo: gets a line of progress at a time.
     """
     became: dict[str, list[str]] = {name: [] for name in Tally.__dataclass_fields__}
-    for entry in entries:
+    process = _Alone() if jobs == 1 else _SideBySide(max(entry.experiment.threads for entry in entries))
+
+    def measure(entry: Entry) -> None:
         if not force and state(entry, results, data=data) == "current":
             became["kept"].append(entry.name)
-            continue
-        echo(f"{entry.suite}/{entry.name} ...")
+            return
+        name = f"{entry.suite}/{entry.name}"
+        echo(f"{name} ...")
         circumstances = {"commit": commit(results.resolve())}
-        answer = _measure(entry, data, work)
+        answer = _measure(entry, data, work, process)
+        said = "" if jobs == 1 else f" {name}:"
         if answer is None:
             became["failed"].append(entry.name)
-            echo("  failed, see above")
+            echo(f" {said} failed, see above")
         elif "skip" in answer:
             became["skipped"].append(entry.name)
-            echo(f"  skipped: {answer['skip']}")
+            echo(f" {said} skipped: {answer['skip']}")
         else:
             became["measured"].append(entry.name)
             _write(entry.path(results), _result(entry, {**circumstances, **answer}))
-            echo(f"  {answer['wall_time_s']:.1f} s, peak {answer['peak_memory_bytes'] / 2**20:,.0f} MiB")
+            echo(f" {said} {answer['wall_time_s']:.1f} s, peak {answer['peak_memory_bytes'] / 2**20:,.0f} MiB")
             for part, reason in answer["skipped"].items():
-                echo(f"  without {part}: {reason}")
+                echo(f" {said} without {part}: {reason}")
+
+    if jobs == 1:
+        for entry in entries:
+            measure(entry)
+    else:
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(measure, entries))
     return Tally(**{name: tuple(names) for name, names in became.items()})
 
 
@@ -107,7 +124,7 @@ def read_result(path: Path) -> dict[str, Any]:
     return result
 
 
-def _measure(entry: Entry, data: Path | None, work: Path) -> dict[str, Any] | None:
+def _measure(entry: Entry, data: Path | None, work: Path, process: "Process") -> dict[str, Any] | None:
     """What the process of one experiment answered; None if it failed, having said why."""
     request = {
         "configuration": entry.experiment.configuration(),
@@ -116,15 +133,61 @@ def _measure(entry: Entry, data: Path | None, work: Path) -> dict[str, Any] | No
     }
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
-        command = [sys.executable, "-m", "benchmarks.worker", str(answer)]
-        environment = _environment(entry.experiment.threads)
-        done = subprocess.run(
-            command, input=json.dumps(request), text=True, cwd=ROOT, env=environment, stdout=sys.stderr, check=False
-        )
-        if done.returncode != 0:
+        if process(request, answer, entry.experiment.threads) != 0:
             return None
         measured: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
         return measured
+
+
+Process = Callable[[Mapping[str, Any], Path, int], int]
+"""Answers a request in a process of its own, with so many threads; returns its exit status."""
+
+
+class _Alone:
+    """A fresh interpreter for each experiment."""
+
+    def __call__(self, request: Mapping[str, Any], answer: Path, threads: int) -> int:
+        command = [sys.executable, "-m", "benchmarks.worker", str(answer)]
+        done = subprocess.run(
+            command,
+            input=json.dumps(request),
+            text=True,
+            cwd=ROOT,
+            env=_environment(threads),
+            stdout=sys.stderr,
+            check=False,
+        )
+        return done.returncode
+
+
+class _SideBySide:
+    """Forks of one process that has loaded the libraries already, so that many short experiments start at once.
+
+    Args:
+        threads: of the libraries that read that when they are loaded.
+    """
+
+    def __init__(self, threads: int) -> None:
+        os.environ.update(
+            _environment(threads), PYTORCH_NVML_BASED_CUDA_CHECK="1"
+        )  # a fork cannot use CUDA a second time
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(list(PRELOADED))
+
+    def __call__(self, request: Mapping[str, Any], answer: Path, threads: int) -> int:
+        process = self._context.Process(target=_answer, args=(dict(request), answer, threads))
+        process.start()
+        process.join()
+        return process.exitcode if process.exitcode is not None else 1
+
+
+def _answer(request: Mapping[str, Any], path: Path, threads: int) -> None:
+    import torch
+
+    from benchmarks.worker import answer
+
+    torch.set_num_threads(threads)
+    answer(request, path)
 
 
 def _environment(threads: int) -> dict[str, str]:

@@ -7,6 +7,7 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,23 @@ from benchmarks.timing import rounded
 
 
 def main() -> None:
+    """Run the experiment that stdin describes."""
+    answer(json.load(sys.stdin), Path(sys.argv[1]))
+
+
+def answer(request: Mapping[str, Any], path: Path) -> None:
     """Run one experiment and write its answer: figures and their circumstances, or why it was skipped."""
-    request = json.load(sys.stdin)
     experiment = make_experiment(request["configuration"])
     data = None if request["data"] is None else Path(request["data"])
     started = time.perf_counter()
     try:
         outcome = experiment.run_in(data, Path(request["work"]))
     except ExperimentSkipped as skipped:
-        answer: dict[str, Any] = {"skip": str(skipped)}
+        written: dict[str, Any] = {"skip": str(skipped)}
     else:
         time_s = time.perf_counter() - started
         peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-        answer = {
+        written = {
             "versions": versions(),
             "hardware": hardware(),
             "figures": rounded(outcome.figures),
@@ -36,7 +41,7 @@ def main() -> None:
             "wall_time_s": rounded(time_s),
             "peak_memory_bytes": peak_memory_bytes(max(peaks)),
         }
-    Path(sys.argv[1]).write_text(json.dumps(answer, allow_nan=False), encoding="utf-8")
+    path.write_text(json.dumps(written, allow_nan=False), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -34,12 +34,14 @@ class CorpusDistill(Experiment):
         held_out: texts that are kept for measuring.
         losses: terms of the objective, each `name key=value ...`.
         steps, batch, lr, warmup, weight_decay, schedule: of the training.
-        dtype: bfloat16 multiplies in that type, weights and optimiser are float32 all the same.
+        dtype: bfloat16 multiplies in that type, tf32 in TensorFloat-32 where the device can; weights and optimiser are
+            float32 all the same.
         eval_steps: steps between two points of the curve; there are checkpoints at the same moments.
+        device: where students are fitted and trained.
     """
 
     kind: ClassVar[str] = "corpus-distill"
-    later: ClassVar[tuple[str, ...]] = ("rules", "fit")
+    later: ClassVar[tuple[str, ...]] = ("rules", "fit", "device")
 
     method: str
     ratio: float
@@ -62,6 +64,7 @@ class CorpusDistill(Experiment):
     eval_steps: int = 100
     rules: tuple[str, ...] = ()
     fit: str = "weighted"
+    device: str = "cpu"
 
     def run(self, data: Path | None) -> Outcome:
         with TemporaryDirectory() as work:
@@ -69,14 +72,18 @@ class CorpusDistill(Experiment):
 
     def run_in(self, data: Path | None, work: Path) -> Outcome:
         from benchmarks.corpus import Measure, close, read_corpus, train_
+        from benchmarks.devices import device_name, find_device, multiply_in, trains_on
         from benchmarks.embeddings import SENTENCES, read_sentences, read_sts_b
         from benchmarks.models import load_model
         from compresskit.tasks import TrainSettings
 
         if self.texts == "data" and (data is None or not (data / TEXTS).is_dir()):
             raise ExperimentSkipped(f"there is no plain text: give a folder that holds {TEXTS}/ with --data")
+        device = find_device(self.device)
+        multiply_in(self.dtype)
         source = SENTENCES if data is None or self.texts == "own" else data / TEXTS
         dense, tokenizer = load_model(self.model, seed=self.seed, sentences=read_sentences())
+        dense.to(device)
         rows, held_out = read_corpus(
             source, tokenizer, work / "text", max_length=self.max_length, unit=self.unit, held_out=self.held_out
         )
@@ -93,12 +100,14 @@ class CorpusDistill(Experiment):
             seed=self.seed,
             eval_steps=self.eval_steps,
             bf16=self.dtype == "bfloat16",
-            device="cpu",
+            device=trains_on(self.device),
         )
         figures = {"report": report, "dense": measure(dense), "before": measure(student)}
         folder = work / f"{self.kind}-{self.key()}"
         trained = train_(student, dense, self._objective(), rows, tokenizer, folder, settings, measure)
         figures |= {"after": trained.curve[-1], "training": vars(trained)}
+        if device.type != "cpu":
+            figures["device"] = device_name(device)
         close(folder)
         if sts_b is None:
             return Outcome(figures, {"sts_b": "no folder was given with --data"})

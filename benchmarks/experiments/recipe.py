@@ -37,10 +37,13 @@ class Recipe(Experiment):
         settings: that differ from the preset, as `corpus.max_steps=1000`.
         model: `minilm`, or a random one.
         texts: of the first stage. `data`: the folder `text` in that of --data; `own`: our own sentences.
-        dtype: bfloat16 multiplies in that type, weights and optimiser are float32 all the same.
+        dtype: bfloat16 multiplies in that type, tf32 in TensorFloat-32 where the device can; weights and optimiser are
+            float32 all the same.
+        device: where everything is trained.
     """
 
     kind: ClassVar[str] = "recipe"
+    later: ClassVar[tuple[str, ...]] = ("device",)
 
     preset: str
     ratio: float
@@ -50,6 +53,7 @@ class Recipe(Experiment):
     model: str = "minilm"
     texts: str = "data"
     dtype: str = "float32"
+    device: str = "cpu"
 
     def run(self, data: Path | None) -> Outcome:
         with TemporaryDirectory() as work:
@@ -60,28 +64,33 @@ class Recipe(Experiment):
             raise SuiteError(f"{self.kind}: stages is {' or '.join(STAGES)}, got {self.stages!r}")
         if data is None and (self.task != "own" or self.texts != "own"):
             raise ExperimentSkipped("give the folder that holds glue/ and text/ with --data")
+        from benchmarks.devices import device_name, find_device, multiply_in
         from benchmarks.recipes import Workshop, stage_1_figures
 
+        device = find_device(self.device)
+        multiply_in(self.dtype)
         work.mkdir(parents=True, exist_ok=True)
-        shop = Workshop(work, data, self.model, 0, self.dtype)
-        teacher = shop.teacher(self.task, TEACHERS.get(self.task, {}))
+        shop = Workshop(work, data, self.model, 0, self.dtype, self.device)
         student = None
         first: dict[str, Any] | None = None
         if self.stages == "two":
             student = shop.stage_1(self._preset("corpus"), self.ratio, self.texts, self._stage_1_key())
             first = stage_1_figures(student)
+        teacher = shop.teacher(self.task, TEACHERS.get(self.task, {}))
         figures = shop.distill(self._preset("task"), self.task, teacher, self.key(), student=student, ratio=self.ratio)
         primary = next(iter(figures["metrics"]))
         kept = figures["metrics"][primary] / figures["teacher"][primary] if figures["teacher"][primary] else 0.0
-        return Outcome({**figures, "stage_1": first, "primary": primary, "kept": kept})
+        where = {} if device.type == "cpu" else {"device": device_name(device)}
+        return Outcome({**figures, "stage_1": first, "primary": primary, "kept": kept, **where})
 
     def _preset(self, part: str) -> Any:
         """The preset with our settings of one of its stages."""
+        from benchmarks.devices import trains_on
         from compresskit.recipes import preset
 
         ours = dict(item.split("=", 1) for item in self.settings)
         bf16 = str(self.dtype == "bfloat16").lower()
-        values = {f"{part}.seed": self.seed, f"{part}.device": "cpu", f"{part}.bf16": bf16}
+        values = {f"{part}.seed": self.seed, f"{part}.device": trains_on(self.device), f"{part}.bf16": bf16}
         return preset(self.preset).with_values(
             {**values, **{name: value for name, value in ours.items() if name.partition(".")[0] != _other(part)}}
         )

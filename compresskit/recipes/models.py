@@ -34,6 +34,13 @@ class Models:
     student: Model | None
     task: Task | None
 
+    def to(self, device: torch.device) -> "Models":
+        """The same models there. Students are made and fitted where their teacher is."""
+        for model in (self.teacher, self.base, self.student):
+            if model is not None:
+                model.to(device)
+        return self
+
 
 def open_models(
     teacher: str | Path, *, base: str | Path | None, student: str | Path | None, task: Task | None

@@ -82,6 +82,7 @@ def distill(
     models = open_models(teacher, base=base, student=student, task=task)
     task = models.task
     recipes = _recipes(preset, stages, task)
+    models = models.to(_device(recipes))
     length = max_length or (recipes[TASK].max_length if TASK in recipes else None)
     splits = None if task is None else load_splits(task, data, models.tokenizer, max_length=length)
     record = _record(preset, recipes, models, splits, ratio=ratio, params=params, max_length=length)
@@ -111,12 +112,13 @@ def distill(
     note(f"student: {ours:,} parameters, teacher: {theirs:,}, ratio {theirs / ours:.2f}")
     before, teachers = _scores(folder, splits, last, models.teacher)
     trained = run_stages(first, made, resume=resume).eval()
+    metrics = {} if splits is None else splits.dev.metrics(trained)
     return Distilled(
         student=trained.cpu(),
         tokenizer=models.tokenizer,
         preset=preset,
         task=task,
-        metrics={} if splits is None else splits.dev.metrics(trained),
+        metrics=metrics,
         before=before,
         teacher=teachers,
         params=ours,
@@ -172,6 +174,12 @@ def _recipes(preset: Preset, stages: Sequence[str], task: Task | None) -> dict[s
         assert task is not None
         found[TASK] = preset.task.for_task(task.name)
     return found
+
+
+def _device(recipes: Mapping[str, StageRecipe]) -> torch.device:
+    """Where students are made and scored: where the first stage trains; Apple's GPUs lack the float64 of fits."""
+    device = next(iter(recipes.values())).settings.torch_device()
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def _calibration_texts(

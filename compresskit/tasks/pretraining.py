@@ -71,7 +71,7 @@ class SentencePairs(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __init__(self, corpus: Features, *, seed: int = 0) -> None:
         self._corpus, self._seed = corpus, seed
-        lengths, documents = list(corpus["length"]), list(corpus["document"])
+        lengths, documents = list(corpus["length"][:]), list(corpus["document"][:])
         self._pairs = [self._partner(i, documents) for i in range(len(corpus))]
         self._lengths = [lengths[i] + lengths[j] - 1 for i, (j, _) in enumerate(self._pairs)]
 

@@ -69,6 +69,11 @@ class TrainSettings:
         if self.bf16 and on_cuda and not torch.cuda.is_bf16_supported():
             raise OptionError("this GPU cannot multiply in bfloat16; leave bf16 out")
 
+    def torch_device(self) -> torch.device:
+        """Where a model trains: the accelerator of this process, or the processor."""
+        found = None if self.device == "cpu" else torch.accelerator.current_accelerator(check_available=True)
+        return found or torch.device("cpu")
+
 
 def training_arguments(settings: TrainSettings, folder: str | Path, *, metric: str, **more: Any) -> Any:
     """`transformers.TrainingArguments` for a run that keeps its checkpoints in `folder`.

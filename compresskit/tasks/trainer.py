@@ -104,4 +104,5 @@ def _evaluate(
 
 def _bucket_sampler(trainer: Any, train_dataset: Any = None) -> BucketSampler:
     rows = trainer.train_dataset if train_dataset is None else train_dataset
-    return BucketSampler(list(rows["length"]), trainer.args.train_batch_size, trainer.args.seed)
+    lengths = list(rows["length"][:])  # row by row would take seconds
+    return BucketSampler(lengths, trainer.args.train_batch_size, trainer.args.seed)

@@ -28,7 +28,7 @@ def test_a_teacher_is_made_once_and_goes_on_where_it_was(tmp_path):
     stamp = (folder / "config.json").stat().st_mtime_ns
     assert shop.teacher("own", settings) == folder
     assert (folder / "config.json").stat().st_mtime_ns == stamp
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model-tiny-0", "own-task", "teacher-own"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["locks", "model-tiny-0", "own-task", "teacher-own"]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from benchmarks.__main__ import main
 from benchmarks.experiments import Experiment, ExperimentSkipped, SuiteError, kinds, make_experiment
 from benchmarks.machine import ROOT
 from benchmarks.report import report_suite
-from benchmarks.runner import run_suite, state
+from benchmarks.runner import read_result, run_suite, state
 from benchmarks.suites import SUITES, read_suite, suite_names
 
 SMOKE = {entry.name: entry for entry in read_suite("smoke")}
@@ -197,7 +197,7 @@ def test_an_interrupted_run_keeps_what_is_complete(tmp_path, monkeypatch):
     entries = [SMOKE["quality"], SMOKE["scaling"]]
     answers = iter([{"figures": {"x": 1.5}, "skipped": {}, "wall_time_s": 1.0, "peak_memory_bytes": 2**20}])
 
-    def measure(entry, data, work):
+    def measure(entry, data, work, process):
         answer = next(answers, None)
         if answer is None:
             raise KeyboardInterrupt
@@ -208,6 +208,20 @@ def test_an_interrupted_run_keeps_what_is_complete(tmp_path, monkeypatch):
         run_suite(entries, tmp_path, data=None, force=False, echo=lambda line: None)
     assert [path.name for path in (tmp_path / "smoke").iterdir()] == ["quality.json"]
     assert [state(entry, tmp_path) for entry in entries] == ["current", "missing"]
+
+
+def test_experiments_side_by_side_measure_what_they_measure_alone(tmp_path):
+    entries = [SMOKE["unit-order"], SMOKE["head-order"], SMOKE["quality"]]
+    lines = []
+    tally = run_suite(entries, tmp_path, data=None, force=False, jobs=2, echo=lines.append)
+    assert sorted(tally.measured) == ["head-order", "quality", "unit-order"]
+    assert sum(line.startswith("  smoke/") and " s, peak " in line for line in lines) == 3
+    alone = run_suite(entries[:1], tmp_path / "alone", data=None, force=False, echo=lines.append)
+    assert alone.measured == ("unit-order",)
+    figures = [
+        read_result(folder / "smoke" / "unit-order.json")["figures"] for folder in (tmp_path, tmp_path / "alone")
+    ]
+    assert figures[0] == figures[1]
 
 
 def test_an_interrupted_command_has_status_130(tmp_path, monkeypatch):
@@ -221,7 +235,7 @@ def test_an_interrupted_command_has_status_130(tmp_path, monkeypatch):
 
 
 def test_an_experiment_that_cannot_run_here_is_skipped_without_a_result(tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.runner._measure", lambda entry, data, work: {"skip": "no such model here"})
+    monkeypatch.setattr("benchmarks.runner._measure", lambda *_: {"skip": "no such model here"})
     lines = []
     tally = run_suite([SMOKE["quality"]], tmp_path, data=None, force=False, echo=lines.append)
     assert tally.skipped == ("quality",)
