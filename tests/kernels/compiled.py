@@ -1,4 +1,4 @@
-"""Run by a test as a process of its own: compiles the kernels for an H100, down to gpu code, without having one."""
+"""Run by a test as a process of its own: compiles the kernels for an H100, down to machine code, without having one."""
 
 import triton
 from triton.backends.compiler import GPUTarget
