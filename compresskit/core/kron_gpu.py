@@ -36,6 +36,8 @@ FUSED_RATE = 0.5
 """Of the rate of a large cuBLAS product that the fused kernel reaches where multiply-adds are the limit."""
 CALL_BYTES = 4e6
 """Bytes that memory moves in the time between the starts of two kernels."""
+FEW_TOKENS = 16
+"""Up to here calls take longer than products."""
 MIN_TRITON = (3, 4)
 """Before it, tuples of tiles could not be carried through a loop."""
 REGISTERS = 128
@@ -106,7 +108,7 @@ def choose(form: KronForm, n: int, element_bytes: int, *, tensor_cores: bool) ->
     if not n:
         return "pytorch"
     if not tensor_cores:
-        return "fused" if n <= MAX_SIDE and is_fusible(form) else "pytorch"
+        return "fused" if n <= FEW_TOKENS and is_fusible(form) else "pytorch"
     rate = MACS_PER_BYTE * 2 / element_bytes
     ends = n * (form.q * form.s + form.p * form.r) * element_bytes
     macs = n * form.terms * form.r * form.s
@@ -116,7 +118,7 @@ def choose(form: KronForm, n: int, element_bytes: int, *, tensor_cores: bool) ->
     mixed = max(ends + between, wide / rate + between / 2) + 2 * CALL_BYTES
     if is_fusible(form) and (fused <= mixed or not is_mixable(form)):
         return "fused"
-    return "mixed" if is_mixable(form) else "pytorch"
+    return "mixed" if is_mixable(form) and n > FEW_TOKENS else "pytorch"
 
 
 def is_fusible(form: KronForm) -> bool:
@@ -146,23 +148,44 @@ def product(x: Tensor, n: int, small: Tensor, wide: Tensor, bias: Tensor | None,
     gpu = gpu_of(x.device)
     if gpu is None or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return None
-    tf32 = x.dtype == torch.float32 and _allows_tf32()
-    way = _when if _when != "auto" else choose(form, n, x.element_size(), tensor_cores=tf32 or x.element_size() < 4)
-    if way == "pytorch" or (way, form, x.dtype) in _refused:
+    precision = "tf32" if x.dtype == torch.float32 and _allows_tf32() else "ieee"
+    tensor_cores = precision == "tf32" or x.dtype != torch.float32
+    way, tiles = _planned(form, _power(n), x.element_size(), tensor_cores, gpu, _when)
+    if way == "pytorch" or (_refused and (way, form, x.dtype) in _refused):
         return None
-    if not (is_fusible(form) if way == "fused" else is_mixable(form)):
+    try:
+        if x.get_device() != torch.cuda.current_device():
+            with torch.cuda.device(x.device):
+                return _run(way, x, n, small, wide, bias, form, tiles, precision)
+        return _run(way, x, n, small, wide, bias, form, tiles, precision)
+    except _compile_errors() as error:
+        _refused.add((way, form, x.dtype))
+        warnings.warn(f"a Kronecker layer runs without Triton, which cannot compile it here: {error}", stacklevel=2)
         return None
-    here = x.get_device() == torch.cuda.current_device()
-    with contextlib.nullcontext() if here else torch.cuda.device(x.device):
-        try:
-            if way == "mixed":
-                return mixed(x, n, small, wide, bias, form)
-            tiles = tiles_for(form, n, x.element_size(), gpu)
-            return fused(x, n, small, wide, bias, form, tiles, "tf32" if tf32 else "ieee")
-        except _compile_errors() as error:
-            _refused.add((way, form, x.dtype))
-            warnings.warn(f"a Kronecker layer runs without Triton, which cannot compile it here: {error}", stacklevel=2)
-            return None
+
+
+@cache
+def _planned(form: KronForm, n: int, element_bytes: int, tensor_cores: bool, gpu: Gpu, when: When) -> tuple[Way, Tiles]:
+    """How n tokens or a few less are done, and by which tiles if that is `fused`."""
+    way = choose(form, n, element_bytes, tensor_cores=tensor_cores) if when == "auto" else when
+    possible = {"fused": is_fusible(form), "mixed": is_mixable(form)}.get(way, False)
+    return way if possible else "pytorch", tiles_for(form, n, element_bytes, gpu)
+
+
+def _run(
+    way: Way,
+    x: Tensor,
+    n: int,
+    small: Tensor,
+    wide: Tensor,
+    bias: Tensor | None,
+    form: KronForm,
+    tiles: Tiles,
+    precision: str,
+) -> Tensor:
+    if way == "mixed":
+        return mixed(x, n, small, wide, bias, form)
+    return fused(x, n, small, wide, bias, form, tiles, precision)
 
 
 def _is_plain(tensors: tuple[Tensor, ...]) -> bool:
@@ -215,7 +238,10 @@ def _power(number: int) -> int:
     return max(16, 1 << (number - 1).bit_length())
 
 
-SHAPES = ((128, 128, 8), (64, 128, 8), (128, 64, 8), (64, 64, 4), (64, 32, 4), (32, 64, 4), (32, 32, 4), (16, 32, 4))
+SHAPES = (
+    *((128, 128, 8), (64, 128, 8), (128, 64, 8), (64, 64, 4), (64, 64, 8)),
+    *((64, 32, 4), (32, 64, 4), (32, 32, 4), (16, 32, 4)),
+)
 """Tokens and wide rows of a tile, and warps, from large to small: the large ones read x least often."""
 WASTE = 1.25
 """Rows that are computed / those that there are, at most, if a smaller tile does better."""
@@ -223,14 +249,12 @@ WASTE = 1.25
 
 def tiles_for(form: KronForm, n: int, element_bytes: int, gpu: Gpu) -> Tiles:
     """The largest tiles that fit into registers and shared memory and still give each processor work."""
-    return _tiles(form, _power(min(n, 2**15)), element_bytes, gpu)
-
-
-@cache
-def _tiles(form: KronForm, n: int, element_bytes: int, gpu: Gpu) -> Tiles:
+    n = _power(n)
     p, q, k = form.p, form.q, form.terms
     wide_first = q <= p
     held = (q if k == 1 else 4 * (p + q) // 3) if wide_first else p
+    if not form.small_left:
+        held *= 2  # x is read in strides, and the addresses fill as many registers again
     room = gpu.shared_bytes - 8192  # less what swaps layouts
 
     def row_bytes(tokens: int, wide: int) -> int:

@@ -9,6 +9,7 @@ contraction reads factors that were stored for the other one. Sizes and strides 
 those of x and y may be larger.
 """
 
+from functools import cache
 from typing import Any
 
 import triton
@@ -186,19 +187,18 @@ def fused(
         tiles: how the work is cut.
         precision: of float32 products, `ieee` or `tf32`.
     """
-    kernel, constants, programs = plan_fused(form, n, tiles, bias is not None, precision)
+    kernel, constants = plan_fused(form, tiles, bias is not None, precision)
+    programs = -(-n // tiles.tokens) * -(-form.r // tiles.wide)
     tensors = (x, small, wide, x if bias is None else bias, y)
     _launch(kernel, programs, tensors, n, (form.r, form.s), constants, tiles.warps, tiles.stages)
 
 
-def plan_fused(
-    form: KronForm, n: int, tiles: Tiles, has_bias: bool, precision: str
-) -> tuple[Any, tuple[Any, ...], int]:
-    """The kernel, its constants and the number of programs: the order with fewer products by the wide factor."""
+@cache
+def plan_fused(form: KronForm, tiles: Tiles, has_bias: bool, precision: str) -> tuple[Any, tuple[Any, ...]]:
+    """The kernel of the order with fewer products by the wide factor, and its constants."""
     kernel = wide_first if form.q <= form.p else mix_first
     sizes = form.p, form.q, form.terms, form.wide_first, form.small_left, has_bias
-    programs = -(-n // tiles.tokens) * -(-form.r // tiles.wide)
-    return kernel, (*sizes, tiles.tokens, tiles.wide, tiles.inner, precision), programs
+    return kernel, (*sizes, tiles.tokens, tiles.wide, tiles.inner, precision)
 
 
 def mixed(z: Tensor, n: int, left: Tensor, bias: Tensor | None, y: Tensor, width: int) -> None:

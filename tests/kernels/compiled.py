@@ -16,7 +16,7 @@ DIVISIBLE = [["tt.divisibility", 16]]
 def compile_fused(form, n, element_bytes, has_bias=True):
     dtype, precision = TYPES[element_bytes]
     tiles = tiles_for(form, n, element_bytes, GPU)
-    kernel, constants, _ = kron_triton.plan_fused(form, n, tiles, has_bias, precision)
+    kernel, constants = kron_triton.plan_fused(form, tiles, has_bias, precision)
     compile_for_h100(kernel, dtype, (form.r, form.s), constants, tiles.warps, tiles.stages)
 
 

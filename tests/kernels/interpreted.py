@@ -53,7 +53,6 @@ def check(name, found, wanted, dtype, *what):
 
 
 def main(small):
-    mend_the_interpreter()
     for structure, tokens, dtype, bias, gpu in cases(small):
         layer, form = layer_of(structure, dtype, bias=bias), structure._form
         x = torch.randn(tokens, structure.cols, dtype=dtype)
@@ -71,4 +70,6 @@ def main(small):
 
 
 if __name__ == "__main__":
-    main(tuple(int(side) for side in sys.argv[1].split("x")))
+    mend_the_interpreter()
+    for place in sys.argv[1:]:
+        main(SMALL[int(place)])
