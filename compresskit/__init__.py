@@ -17,6 +17,7 @@ from compresskit.calibration import Calibration, calibrate, load_calibration
 from compresskit.core.cost import MACHINE, Gemm, Machine, Pass, Rates, dense_operations
 from compresskit.core.decomposition import Analysis, Decomposition, Fitted
 from compresskit.core.importance import Importance
+from compresskit.core.kron_gpu import use_kernels
 from compresskit.core.modules import FactorizedEmbedding, FactorizedLinear
 from compresskit.core.registry import decomposition, register
 from compresskit.core.registry import decompositions as methods
@@ -72,6 +73,7 @@ __all__ = [
     "plan",
     "plan_from_json",
     "register",
+    "use_kernels",
 ]
 
 

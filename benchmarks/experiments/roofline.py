@@ -51,17 +51,17 @@ class Roofline(Experiment):
         device, dtype = find_device(self.device), find_dtype(self.dtype)
         torch.manual_seed(self.seed)
         structure = self._structure()
-        layer = _layer(structure).to(device=device, dtype=dtype)
+        layer = random_layer(structure).to(device=device, dtype=dtype)
         dense = torch.nn.Linear(structure.cols, structure.rows).to(device=device, dtype=dtype)
         figures: dict[str, Any] = {"structure": str(structure), "device": device_name(device)}
         with torch.inference_mode():
-            rates = _rates(device, dtype, self.repeats)
+            rates = machine_rates(device, dtype, self.repeats)
             figures |= {"macs_per_s": rates[0], "bytes_per_s": rates[1]}
             for tokens in self.tokens:
                 x = torch.randn(tokens, structure.cols, device=device, dtype=dtype)
                 times = self._times({"ours": layer, "dense": dense}, x)
                 sizes = {"ours": (structure.macs, structure.num_params), "dense": (dense.weight.numel(),) * 2}
-                limits = {name: _limit_s(x, structure.rows, *size, rates) for name, size in sizes.items()}
+                limits = {name: limit_s(x, structure.rows, *size, rates) for name, size in sizes.items()}
                 figures[f"tokens_{tokens}"] = {
                     "dense_ratio": median_ratio(times["dense"], times["ours"]),
                     "limit_ratio": limits["dense"] / limits["ours"],
@@ -71,15 +71,7 @@ class Roofline(Experiment):
         return Outcome(figures)
 
     def _structure(self) -> Any:
-        import compresskit
-
-        options = dict(item.split("=", 1) for item in self.options.split(",") if item)
-        menu = list(compresskit.decomposition(self.method, options).menu(*map(int, self.shape.split("x"))))
-        if len(menu) != 1:
-            raise SuiteError(
-                f"roofline: {self.method} with {self.options!r} has {len(menu)} structures for {self.shape}"
-            )
-        return menu[0]
+        return one_structure(self.method, self.options, self.shape)
 
     def _times(self, layers: Mapping[str, Any], x: Any) -> dict[str, list[float]]:
         from benchmarks.devices import timed
@@ -107,11 +99,27 @@ class Roofline(Experiment):
         return row
 
 
+def one_structure(method: str, options: str, shape: str) -> Any:
+    """The structure of `rows x cols` that the options of a method fix, given as after `--rule`.
+
+    Raises:
+        SuiteError: they leave another number of structures.
+    """
+    import compresskit
+
+    given = dict(item.split("=", 1) for item in options.split(",") if item)
+    menu = list(compresskit.decomposition(method, given).menu(*map(int, shape.split("x"))))
+    if len(menu) != 1:
+        raise SuiteError(f"roofline: {method} with {options!r} has {len(menu)} structures for {shape}")
+    return menu[0]
+
+
 def _call(layer: Any, x: Any) -> Any:
     return lambda: layer(x)
 
 
-def _layer(structure: Any) -> Any:
+def random_layer(structure: Any) -> Any:
+    """A layer of this structure with random factors and bias."""
     import torch
 
     from compresskit import FactorizedLinear
@@ -121,7 +129,7 @@ def _layer(structure: Any) -> Any:
     return FactorizedLinear(structure, factors, torch.randn(structure.rows))
 
 
-def _rates(device: Any, dtype: Any, repeats: int) -> tuple[float, float]:
+def machine_rates(device: Any, dtype: Any, repeats: int) -> tuple[float, float]:
     """Multiply-adds per second of a large product and bytes per second, read and written, of a large copy; the best."""
     import torch
 
@@ -136,7 +144,8 @@ def _rates(device: Any, dtype: Any, repeats: int) -> tuple[float, float]:
     return side**3 / best["product"], 2 * num_bytes / best["copy"]
 
 
-def _limit_s(x: Any, rows: int, macs: int, num_params: int, rates: tuple[float, float]) -> float:
+def limit_s(x: Any, rows: int, macs: int, num_params: int, rates: tuple[float, float]) -> float:
+    """The least time of a layer with an output of `rows`, by the rates of `machine_rates`."""
     tokens, cols = x.shape
     moved = x.element_size() * (tokens * (cols + rows) + num_params)
     return max(tokens * macs / rates[0], moved / rates[1])

@@ -6,14 +6,15 @@ mixing reads or writes one of them as it is where that is quick, and the other i
 side, so that each step is one product for all of them.
 """
 
-from dataclasses import dataclass
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compresskit.core import kron_gpu
 from compresskit.core.autograd import narrow, with_signature
+from compresskit.core.kron_form import KronForm
 from compresskit.errors import StructureError
 
 PART_BYTES = 4 * 2**20
@@ -35,37 +36,6 @@ LEAST_READ = 8
 """A mixing reads a transposed grid as quickly as a straight one from this side on; at a side of 2, half as fast."""
 LEAST_WRITTEN = 4
 """It writes one as quickly if its output's side is this many times its input's; else in three to six times the time."""
-
-
-@final
-@dataclass(frozen=True)
-class KronForm:
-    """Sizes and storage of sum_k small_k (x) wide_k, small_k (p, q) and wide_k (r, s).
-
-    Args:
-        wide_first: multiply by wide, then mix: small (p, q * terms), wide (terms * r, s). Else mix first:
-            small (p * terms, q), wide (r, terms * s).
-        small_left: whether the small factor stands on the left of the product.
-        rows: outputs that are kept of p * r.
-    """
-
-    p: int
-    q: int
-    r: int
-    s: int
-    terms: int
-    wide_first: bool
-    small_left: bool
-    rows: int
-
-    @property
-    def cols(self) -> int:
-        return self.q * self.s
-
-    @property
-    def between(self) -> int:
-        """Numbers that lie between the two products, for each token."""
-        return self.terms * (self.q * self.r if self.wide_first else self.p * self.s)
 
 
 def kron_linear(x: Tensor, small: Tensor, wide: Tensor, bias: Tensor | None, form: KronForm) -> Tensor:
@@ -128,7 +98,9 @@ def _step(x: Tensor, numbers: int) -> int:
 
 
 def _parts(x: Tensor, n: int, small: Tensor, wide: Tensor, bias: Tensor | None, form: KronForm) -> Tensor:
-    """The product, in parts of tokens where it is large."""
+    """The product: by a kernel of ours where one is quicker, else in parts of tokens where it is large."""
+    if x.is_cuda and (found := kron_gpu.product(x, n, small, wide, bias, form)) is not None:
+        return found
     step = _step(x, form.between)
     if n <= step:
         return _part(x, n, small, wide, bias, form, None)

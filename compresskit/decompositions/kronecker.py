@@ -31,7 +31,8 @@ from compresskit.core.decomposition import Analysis, Decomposition, squared_norm
 from compresskit.core.folding import row_gram
 from compresskit.core.grids import Grid, coarsen, cover, cut
 from compresskit.core.importance import Importance
-from compresskit.core.kron import KronForm, kron_linear, swaps
+from compresskit.core.kron import kron_linear, swaps
+from compresskit.core.kron_form import KronForm
 from compresskit.core.kron_weighted import Shape, WeightedSums
 from compresskit.core.registry import register
 from compresskit.core.structure import Factor, Structure, TensorSpec, linear, plain_matrix

@@ -9,7 +9,7 @@ import compresskit
 from benchmarks import peers
 from benchmarks.experiments import ExperimentSkipped, SuiteError
 from benchmarks.experiments.peers import Peers
-from benchmarks.experiments.roofline import Roofline
+from benchmarks.experiments.roofline import Roofline, one_structure
 from benchmarks.peers import PEERS, Place, make_peer, our_layer
 from benchmarks.suites import read_suite
 
@@ -96,3 +96,7 @@ def test_structures_of_the_gpu_suite_exist():
     assert len(layers) == 36
     for layer in layers:
         assert layer._structure().macs > 0
+    fused = [entry.experiment for entry in read_suite("gpu") if entry.experiment.kind == "fused"]
+    for experiment in fused:
+        for options in experiment.options:
+            assert one_structure("kronecker", options, experiment.shape).macs > 0

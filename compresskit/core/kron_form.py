@@ -1,0 +1,35 @@
+"""Sizes and storage of the factors of a Kronecker sum."""
+
+from dataclasses import dataclass
+from typing import final
+
+
+@final
+@dataclass(frozen=True)
+class KronForm:
+    """Sizes and storage of sum_k small_k (x) wide_k, small_k (p, q) and wide_k (r, s).
+
+    Args:
+        wide_first: multiply by wide, then mix: small (p, q * terms), wide (terms * r, s). Else mix first:
+            small (p * terms, q), wide (r, terms * s).
+        small_left: whether the small factor stands on the left of the product.
+        rows: outputs that are kept of p * r.
+    """
+
+    p: int
+    q: int
+    r: int
+    s: int
+    terms: int
+    wide_first: bool
+    small_left: bool
+    rows: int
+
+    @property
+    def cols(self) -> int:
+        return self.q * self.s
+
+    @property
+    def between(self) -> int:
+        """Numbers that lie between the two products, for each token."""
+        return self.terms * (self.q * self.r if self.wide_first else self.p * self.s)
