@@ -252,9 +252,10 @@ def tiles_for(form: KronForm, n: int, element_bytes: int, gpu: Gpu) -> Tiles:
     n = _power(n)
     p, q, k = form.p, form.q, form.terms
     wide_first = q <= p
-    held = (q if k == 1 else 4 * (p + q) // 3) if wide_first else p
-    if not form.small_left:
-        held *= 2  # x is read in strides, and the addresses fill as many registers again
+    if wide_first:
+        held = q if k == 1 and form.small_left else 4 * (p + q) // 3
+    else:
+        held = p if form.small_left else 2 * p  # rows of the output are joined in registers
     room = gpu.shared_bytes - 8192  # less what swaps layouts
 
     def row_bytes(tokens: int, wide: int) -> int:
