@@ -38,8 +38,8 @@ CALL_BYTES = 4e6
 """Bytes that memory moves in the time between the starts of two kernels."""
 FEW_TOKENS = 16
 """Up to here calls take longer than products."""
-MIN_TRITON = (3, 4)
-"""Before it, tuples of tiles could not be carried through a loop."""
+MIN_TRITON = (3, 5)
+"""Before it, functions of tuples of tiles could not call themselves."""
 REGISTERS = 128
 """Of each thread, that tiles of products may fill; three quarters of it where terms have sums of their own."""
 MIN_CAPABILITY = (8, 0)
@@ -252,9 +252,7 @@ def tiles_for(form: KronForm, n: int, element_bytes: int, gpu: Gpu) -> Tiles:
     n = _power(n)
     p, q, k = form.p, form.q, form.terms
     wide_first = q <= p
-    held = (q if k == 1 else 4 * (p + q) // 3) if wide_first else p
-    if not form.small_left:
-        held *= 2  # x is read in strides, and the addresses fill as many registers again
+    held = _held(form)
     room = gpu.shared_bytes - 8192  # less what swaps layouts
 
     def row_bytes(tokens: int, wide: int) -> int:
@@ -279,6 +277,13 @@ def tiles_for(form: KronForm, n: int, element_bytes: int, gpu: Gpu) -> Tiles:
     inner = next((i for i in sizes if 3 * i * row <= room and _padded(form.s, i) <= WASTE * form.s), 16)
     stages = max(2, min(4, room // (inner * row), 1 + -(-form.s // inner)))
     return Tiles(tokens, wide, inner, warps, stages)
+
+
+def _held(form: KronForm) -> int:
+    """Tiles that fill registers at once, with some room where rows of the output are summed or joined there."""
+    if form.q > form.p:
+        return form.p if form.small_left else 2 * form.p
+    return form.q if form.terms == 1 and form.small_left else 4 * (form.p + form.q) // 3
 
 
 def _padded(size: int, tile: int) -> int:

@@ -4,11 +4,12 @@ A token x is a grid X (q, s), its output the grid Y (p, r) = sum_k small_k X wid
 tokens is a tile of its own, so that mixing by the small factor is a sum of whole tiles: it stays in the registers of
 each thread. A kernel that mixed along an axis of one tile would send every number through other threads.
 
-Strides say the rest: with the small factor on the right the grids are stored transposed, and either order of
-contraction reads factors that were stored for the other one. Sizes and strides of factors are integers below 2^31;
-those of x and y may be larger.
+With the small factor on the right the grids are stored transposed: tiles are read and written as they lie, and taken
+apart and joined in registers. Either order of contraction reads factors that were stored for the other one. Sizes and
+strides of factors are integers below 2^31; those of x and y may be larger.
 """
 
+import math
 from functools import cache
 from typing import Any
 
@@ -43,6 +44,44 @@ def _grid_row(x, rows, j, l, inside, s, Q: tl.constexpr, SMALL_LEFT: tl.constexp
 
 
 @triton.jit
+def _columns(tile, BT: tl.constexpr, WIDTH: tl.constexpr, Q: tl.constexpr):
+    """Every Q-th column of a tile (BT, WIDTH), as Q tiles: the rows of grids that are stored transposed."""
+    columns = (tile,)
+    if Q > 1:
+        even, odd = tl.split(tl.reshape(tile, (BT, WIDTH // 2, 2)))
+        evens, odds = _columns(even, BT, WIDTH // 2, Q // 2), _columns(odd, BT, WIDTH // 2, Q // 2)
+        columns = ()
+        for j in tl.static_range(Q // 2):
+            columns += (evens[j], odds[j])
+    return columns
+
+
+@triton.jit
+def _joined(tiles, FIRST: tl.constexpr, STEP: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr, P: tl.constexpr):
+    """The P tiles FIRST, FIRST + STEP, ... (BT, BM) column by column, (BT, P * BM): what `_columns` undoes."""
+    joined = tiles[FIRST]
+    if P > 1:
+        even = _joined(tiles, FIRST, 2 * STEP, BT, BM, P // 2)
+        odd = _joined(tiles, FIRST + STEP, 2 * STEP, BT, BM, P // 2)
+        joined = tl.reshape(tl.join(even, odd), (BT, P * BM))
+    return joined
+
+
+@triton.jit
+def _grid(x, rows, start, inside, s, Q: tl.constexpr, SMALL_LEFT: tl.constexpr, BT: tl.constexpr, BL: tl.constexpr):
+    """All rows of the grids of some tokens, from column `start` on: q tiles (BT, BL)."""
+    if not SMALL_LEFT and Q & (Q - 1) == 0:  # stored transposed: read as it lies
+        column = start * Q + tl.arange(0, BL * Q)
+        tile = tl.load(x + rows + column[None, :], mask=inside & (column < s * Q)[None, :], other=0.0)
+        tiles = _columns(tile, BT, BL * Q, Q)
+    else:
+        tiles = ()
+        for j in tl.static_range(Q):
+            tiles += (_grid_row(x, rows, j, start + tl.arange(0, BL), inside, s, Q, SMALL_LEFT),)
+    return tiles
+
+
+@triton.jit
 def _zeros(count: tl.constexpr, rows: tl.constexpr, cols: tl.constexpr):
     """A tuple of tiles."""
     tiles = ()
@@ -55,7 +94,7 @@ def _zeros(count: tl.constexpr, rows: tl.constexpr, cols: tl.constexpr):
 def _add_mixed(total, tiles, i, k, small, P: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, STORED: tl.constexpr):
     """total + sum_j small_k[i, j] tiles[j]."""
     for j in tl.static_range(Q):
-        total += _entry(small, i, j, k, P, Q, K, STORED) * tiles[j]
+        total += _entry(small, i, j, k, P, Q, K, STORED) * tiles[j].to(tl.float32)
     return total
 
 
@@ -69,6 +108,20 @@ def _store(y, bias, tile, i, rows, m, inside, r, P: tl.constexpr, SMALL_LEFT: tl
 
 
 @triton.jit
+def _store_all(
+    y, bias, tiles, rows, block, inside, r,
+    P: tl.constexpr, SMALL_LEFT: tl.constexpr, HAS_BIAS: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """All rows of the output's grids, p tiles (BT, BM) of the wide factor's `block` of rows."""
+    if not SMALL_LEFT and P & (P - 1) == 0:  # stored transposed: written as it lies
+        column = block * (BM * P) + tl.arange(0, BM * P)
+        _store(y, bias, _joined(tiles, 0, 1, BT, BM, P), 0, rows, column, inside, r * P, 1, True, HAS_BIAS)
+    else:
+        for i in tl.static_range(P):
+            _store(y, bias, tiles[i], i, rows, block * BM + tl.arange(0, BM), inside, r, P, SMALL_LEFT, HAS_BIAS)
+
+
+@triton.jit
 def _wide_products(
     x, wide, k, x_rows, m, inside, r, s,
     Q: tl.constexpr, K: tl.constexpr, STORED: tl.constexpr, SMALL_LEFT: tl.constexpr,
@@ -77,29 +130,31 @@ def _wide_products(
     """X wide_k^T of each row of the grids: q tiles (BT, BM)."""
     tiles = _zeros(Q, BT, BM)
     for start in range(0, s, BL):
-        l = start + tl.arange(0, BL)
-        factor = _wide_tile(wide, k, m, l, r, s, K, STORED)
+        factor = _wide_tile(wide, k, m, start + tl.arange(0, BL), r, s, K, STORED)
+        grid = _grid(x, x_rows, start, inside, s, Q, SMALL_LEFT, BT, BL)
         summed = ()
         for j in tl.static_range(Q):
-            row = _grid_row(x, x_rows, j, l, inside, s, Q, SMALL_LEFT)
-            summed += (tl.dot(row, factor, tiles[j], input_precision=PRECISION),)
+            summed += (tl.dot(grid[j], factor, tiles[j], input_precision=PRECISION),)
         tiles = summed
     return tiles
 
 
 @triton.jit(do_not_specialize=["n"])
 def wide_first(
-    x, small, wide, bias, y, n, r, s,
-    P: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, STORED: tl.constexpr, SMALL_LEFT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr, BL: tl.constexpr, PRECISION: tl.constexpr,
+    x, small, wide, bias, y, n, r_units, s_units,
+    R_UNIT: tl.constexpr, S_UNIT: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, K: tl.constexpr,
+    STORED: tl.constexpr, SMALL_LEFT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BT: tl.constexpr, BM: tl.constexpr, BL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y = x @ W.T + bias: products by the wide factor, mixed in the epilogue. Holds q tiles, and p more if K > 1."""
+    r, s = r_units * R_UNIT, s_units * S_UNIT
     blocks = tl.cdiv(r, BM)
+    block = tl.program_id(0) % blocks
     t = (tl.program_id(0) // blocks).to(tl.int64) * BT + tl.arange(0, BT)
-    m = (tl.program_id(0) % blocks) * BM + tl.arange(0, BM)
+    m = block * BM + tl.arange(0, BM)
     inside = (t < n)[:, None]
     x_rows, y_rows = t[:, None] * (Q * s), t[:, None] * (P * r)
-    if K == 1:
+    if K == 1 and SMALL_LEFT:  # each row is stored before the next one is mixed
         tiles = _wide_products(x, wide, 0, x_rows, m, inside, r, s, Q, K, STORED, SMALL_LEFT, BT, BM, BL, PRECISION)
         for i in tl.static_range(P):
             tile = _add_mixed(tl.zeros((BT, BM), tl.float32), tiles, i, 0, small, P, Q, K, STORED)
@@ -112,45 +167,45 @@ def wide_first(
             for i in tl.static_range(P):
                 summed += (_add_mixed(totals[i], tiles, i, k, small, P, Q, K, STORED),)
             totals = summed
-        for i in tl.static_range(P):
-            _store(y, bias, totals[i], i, y_rows, m, inside, r, P, SMALL_LEFT, HAS_BIAS)
+        _store_all(y, bias, totals, y_rows, block, inside, r, P, SMALL_LEFT, HAS_BIAS, BT, BM)
 
 
 @triton.jit(do_not_specialize=["n"])
 def mix_first(
-    x, small, wide, bias, y, n, r, s,
-    P: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, STORED: tl.constexpr, SMALL_LEFT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr, BL: tl.constexpr, PRECISION: tl.constexpr,
+    x, small, wide, bias, y, n, r_units, s_units,
+    R_UNIT: tl.constexpr, S_UNIT: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, K: tl.constexpr,
+    STORED: tl.constexpr, SMALL_LEFT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BT: tl.constexpr, BM: tl.constexpr, BL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y = x @ W.T + bias: x is mixed in the prologue, then multiplied by the wide factor. Holds p tiles."""
+    r, s = r_units * R_UNIT, s_units * S_UNIT
     blocks = tl.cdiv(r, BM)
+    block = tl.program_id(0) % blocks
     t = (tl.program_id(0) // blocks).to(tl.int64) * BT + tl.arange(0, BT)
-    m = (tl.program_id(0) % blocks) * BM + tl.arange(0, BM)
+    m = block * BM + tl.arange(0, BM)
     inside = (t < n)[:, None]
     x_rows, y_rows = t[:, None] * (Q * s), t[:, None] * (P * r)
     totals = _zeros(P, BT, BM)
     for start in range(0, s, BL):
-        l = start + tl.arange(0, BL)
-        grid = ()
-        for j in tl.static_range(Q):
-            grid += (_grid_row(x, x_rows, j, l, inside, s, Q, SMALL_LEFT).to(tl.float32),)
+        grid = _grid(x, x_rows, start, inside, s, Q, SMALL_LEFT, BT, BL)
         for k in tl.static_range(K):
-            factor = _wide_tile(wide, k, m, l, r, s, K, STORED)
+            factor = _wide_tile(wide, k, m, start + tl.arange(0, BL), r, s, K, STORED)
             summed = ()
             for i in tl.static_range(P):
                 mixed = _add_mixed(tl.zeros((BT, BL), tl.float32), grid, i, k, small, P, Q, K, STORED)
                 summed += (tl.dot(mixed.to(factor.dtype), factor, totals[i], input_precision=PRECISION),)
             totals = summed
-    for i in tl.static_range(P):
-        _store(y, bias, totals[i], i, y_rows, m, inside, r, P, SMALL_LEFT, HAS_BIAS)
+    _store_all(y, bias, totals, y_rows, block, inside, r, P, SMALL_LEFT, HAS_BIAS, BT, BM)
 
 
 @triton.jit(do_not_specialize=["n"])
 def mix(
-    z, left, bias, y, n, width,
-    OUTS: tl.constexpr, INS: tl.constexpr, HAS_BIAS: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr,
+    z, left, bias, y, n, units,
+    UNIT: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BT: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """y = left (OUTS, INS) @ z + bias for n grids z (INS, width) -> y (OUTS, width): one pass over memory."""
+    width = units * UNIT
     blocks = tl.cdiv(width, BM)
     t = (tl.program_id(0) // blocks).to(tl.int64) * BT + tl.arange(0, BT)
     m = (tl.program_id(0) % blocks) * BM + tl.arange(0, BM)
@@ -158,7 +213,7 @@ def mix(
     rows = t[:, None] * (INS * width)
     tiles = ()
     for j in tl.static_range(INS):
-        tiles += (_grid_row(z, rows, j, m, inside, width, INS, True).to(tl.float32),)
+        tiles += (_grid_row(z, rows, j, m, inside, width, INS, True),)
     for i in tl.static_range(OUTS):
         tile = _add_mixed(tl.zeros((BT, BM), tl.float32), tiles, i, 0, left, OUTS, INS, 1, True)
         _store(y, bias, tile, i, t[:, None] * (OUTS * width), m, inside, width, OUTS, True, HAS_BIAS)
@@ -190,15 +245,27 @@ def fused(
     kernel, constants = plan_fused(form, tiles, bias is not None, precision)
     programs = -(-n // tiles.tokens) * -(-form.r // tiles.wide)
     tensors = (x, small, wide, x if bias is None else bias, y)
-    _launch(kernel, programs, tensors, n, (form.r, form.s), constants, tiles.warps, tiles.stages)
+    sizes = form.r // constants[0], form.s // constants[1]
+    _launch(kernel, programs, tensors, n, sizes, constants, tiles.warps, tiles.stages)
 
 
 @cache
 def plan_fused(form: KronForm, tiles: Tiles, has_bias: bool, precision: str) -> tuple[Any, tuple[Any, ...]]:
-    """The kernel of the order with fewer products by the wide factor, and its constants."""
+    """The kernel of the order with fewer products by the wide factor, and its constants.
+
+    Sizes are passed in units of which the compiler knows: several numbers are then read at once.
+    """
     kernel = wide_first if form.q <= form.p else mix_first
     sizes = form.p, form.q, form.terms, form.wide_first, form.small_left, has_bias
-    return kernel, (*sizes, tiles.tokens, tiles.wide, tiles.inner, precision)
+    return kernel, (
+        math.gcd(form.r, 16),
+        math.gcd(form.s, 16),
+        *sizes,
+        tiles.tokens,
+        tiles.wide,
+        tiles.inner,
+        precision,
+    )
 
 
 def mixed(z: Tensor, n: int, left: Tensor, bias: Tensor | None, y: Tensor, width: int) -> None:
@@ -211,7 +278,8 @@ def mixed(z: Tensor, n: int, left: Tensor, bias: Tensor | None, y: Tensor, width
     tokens = max(1, 4096 // (across * triton.next_power_of_2(ins)))
     programs = -(-n // tokens) * -(-width // across)
     tensors = (z, left, z if bias is None else bias, y)
-    _launch(mix, programs, tensors, n, (width,), (outs, ins, bias is not None, tokens, across), 4, 1)
+    unit = math.gcd(width, 16)
+    _launch(mix, programs, tensors, n, (width // unit,), (unit, outs, ins, bias is not None, tokens, across), 4, 1)
 
 
 def _launch(

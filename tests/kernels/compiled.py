@@ -17,7 +17,9 @@ def compile_fused(form, n, element_bytes, has_bias=True):
     dtype, precision = TYPES[element_bytes]
     tiles = tiles_for(form, n, element_bytes, GPU)
     kernel, constants = kron_triton.plan_fused(form, tiles, has_bias, precision)
-    compile_for_h100(kernel, dtype, (form.r, form.s), constants, tiles.warps, tiles.stages)
+    compile_for_h100(
+        kernel, dtype, (form.r // constants[0], form.s // constants[1]), constants, tiles.warps, tiles.stages
+    )
 
 
 def compile_for_h100(kernel, dtype, sizes, constants, warps, stages):
@@ -46,7 +48,7 @@ def main():
         form = structure_of(small, wide, terms, left)._form
         for n, element_bytes in ((1, 2), (16384, 2), (16384, 4)):
             compile_fused(form, n, element_bytes)
-    compile_for_h100(kron_triton.mix, "bf16", (384,), (8, 32, True, 1, 256), 4, 1)
+    compile_for_h100(kron_triton.mix, "bf16", (24,), (16, 8, 32, True, 1, 256), 4, 1)
 
 
 if __name__ == "__main__":

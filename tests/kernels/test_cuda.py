@@ -12,7 +12,7 @@ from tests.kernels.cases import BOUNDS, SMALL, TF32_BOUND, error, exact, layer_o
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or kron_gpu.gpu_of(torch.device("cuda")) is None,
-    reason="needs a GPU from NVIDIA (A100 or later), Triton 3.4 and a C compiler",
+    reason="needs a GPU from NVIDIA (A100 or later), Triton 3.5 and a C compiler",
 )
 TOKENS = (0, 1, 3, 17, 130, 3000)
 LARGE_WIDE = (272, 200)
