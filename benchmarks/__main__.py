@@ -44,12 +44,14 @@ def main() -> None:
 @click.option("--only", metavar="GLOB", default="*", help="Only experiments with such a name, as `list` shows them.")
 @click.option("--data", type=EXISTING, help="Folder with evaluation data (glue/STS-B/dev.tsv) and plain text (text).")
 @click.option(
-    "--jobs", type=click.IntRange(min=1), default=1, help="Side by side: for training on a GPU, not for timing."
+    "--jobs",
+    type=click.IntRange(min=1),
+    help="So many at a time, each forked from a process that has its libraries; for a GPU. Above 1 not for timing.",
 )
 @click.option("--work", type=FOLDER, default=WORK, help="Folder where long experiments keep what they can go on from.")
 @_folders
 def run(
-    suite: str, force: bool, only: str, data: Path | None, jobs: int, work: Path, suites: Path, results: Path
+    suite: str, force: bool, only: str, data: Path | None, jobs: int | None, work: Path, suites: Path, results: Path
 ) -> None:
     """Measure what has no result of the same configuration yet."""
     every = read_suite(suite, suites)

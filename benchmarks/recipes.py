@@ -60,9 +60,10 @@ class Workshop:
         if self.model == REAL:
             return minilm_folder()
         folder = self.work / f"model-{self.model}-{self.seed}"
-        if not folder.exists():
-            made, tokenizer = load_model(self.model, seed=self.seed, sentences=read_sentences())
-            _save(made, tokenizer, folder)
+        with self._alone(folder):
+            if not folder.exists():
+                made, tokenizer = load_model(self.model, seed=self.seed, sentences=read_sentences())
+                _save(made, tokenizer, folder)
         return folder
 
     def task(self, name: str) -> tuple[Task, Path]:

@@ -47,7 +47,7 @@ def run_suite(
     data: Path | None,
     work: Path = WORK,
     force: bool,
-    jobs: int = 1,
+    jobs: int | None = None,
     echo: Callable[[str], None],
 ) -> Tally:
     """Measure what has no current result. One that fails does not keep the others from being measured.
@@ -57,11 +57,12 @@ def run_suite(
         data: folder with evaluation data, or None.
         work: folder where experiments that take long keep what a later run goes on from.
         force: measure everything anew.
-        jobs: experiments side by side, in the order of the entries; more than one is not for what takes times.
+        jobs: experiments at a time, begun in the order of the entries, each a fork of one process that has loaded the
+            libraries; more than one is not for what takes times. None: one at a time, each a fresh interpreter.
         echo: gets a line of progress at a time.
     """
     became: dict[str, list[str]] = {name: [] for name in Tally.__dataclass_fields__}
-    process = _Alone() if jobs == 1 else _SideBySide(max(entry.experiment.threads for entry in entries))
+    process = _Fresh() if jobs is None else _Forked(max(entry.experiment.threads for entry in entries))
 
     def measure(entry: Entry) -> None:
         if not force and state(entry, results, data=data) == "current":
@@ -71,7 +72,7 @@ def run_suite(
         echo(f"{name} ...")
         circumstances = {"commit": commit(results.resolve())}
         answer = _measure(entry, data, work, process)
-        said = "" if jobs == 1 else f" {name}:"
+        said = "" if jobs is None else f" {name}:"
         if answer is None:
             became["failed"].append(entry.name)
             echo(f" {said} failed, see above")
@@ -85,7 +86,7 @@ def run_suite(
             for part, reason in answer["skipped"].items():
                 echo(f" {said} without {part}: {reason}")
 
-    if jobs == 1:
+    if jobs is None:
         for entry in entries:
             measure(entry)
     else:
@@ -143,7 +144,7 @@ Process = Callable[[Mapping[str, Any], Path, int], int]
 """Answers a request in a process of its own, with so many threads; returns its exit status."""
 
 
-class _Alone:
+class _Fresh:
     """A fresh interpreter for each experiment."""
 
     def __call__(self, request: Mapping[str, Any], answer: Path, threads: int) -> int:
@@ -160,8 +161,8 @@ class _Alone:
         return done.returncode
 
 
-class _SideBySide:
-    """Forks of one process that has loaded the libraries already, so that many short experiments start at once.
+class _Forked:
+    """Forks of one process that has loaded the libraries already: many short experiments start at once.
 
     Args:
         threads: of the libraries that read that when they are loaded.

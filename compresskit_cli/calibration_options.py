@@ -34,13 +34,15 @@ class Samples:
     refine: int | None = None
     sensitivity: str = PARAMETERS
     robust: bool = False
+    even_words: bool = False
 
     def check(self) -> None:
         """Raise UsageError where options contradict each other."""
         if self.calibrate is not None and self.calibration is not None:
             raise click.UsageError("--calibrate collects from texts, --calibration reads a file: give one of them")
         given = {"--samples": self.samples, "--max-length": self.max_length, "--gradients": self.gradients or None}
-        given |= {"--robust": (self.robust and self.calibration is None) or None}
+        if self.calibration is None:
+            given |= {"--robust": self.robust or None, "--even-words": self.even_words or None}
         given |= {"--sequential": self.sequential or None, "--refine": self.refine}
         given |= {f"--sensitivity {self.sensitivity}": (self.sensitivity != PARAMETERS) or None}
         idle = [option for option, value in given.items() if value is not None]
@@ -57,7 +59,7 @@ class Samples:
         elif self.calibration is not None:
             said = {"calibration": self.calibration.name}
         if said:
-            said["robust"] = self.robust
+            said |= {"robust": self.robust, "even_words": self.even_words}
         return said
 
     def collect(
@@ -69,12 +71,12 @@ class Samples:
         if self.calibration is not None:
             read = load_calibration(self.calibration)
             read.check(model)
-            return {"calibration": read, "robust": self.robust}
+            return {"calibration": self._weighed(read), "robust": self.robust}
         if self.calibrate is None:
             return {}
         size = {"samples": self.samples or SAMPLES, "max_length": self.max_length or MAX_LENGTH, "seed": seed}
         made = collect(model, folder, self.calibrate, gradients=self.gradients, on_progress=on_progress, **size)
-        found: dict[str, Any] = {"calibration": made, "robust": self.robust}
+        found: dict[str, Any] = {"calibration": self._weighed(made), "robust": self.robust}
         if not (self.sequential or self.refine or self.sensitivity != PARAMETERS):
             return found
         texts = batches(folder, self.calibrate, **size)
@@ -88,6 +90,9 @@ class Samples:
             found |= {"samples": texts, "sequential": self.sequential}
             found["refine"] = None if self.refine is None else Refine(epochs=self.refine)
         return found
+
+    def _weighed(self, calibration: "Calibration") -> "Calibration":
+        return calibration.with_even_words() if self.even_words else calibration
 
 
 def batches(folder: Path, data: str, *, samples: int, max_length: int, seed: int) -> list[Any]:
@@ -145,6 +150,7 @@ def calibration_options(function: F) -> F:
             "or what makes the best of some models.",
         ),
         click.option("--robust", is_flag=True, help="Expect inputs to be off, since layers before are compressed too."),
+        click.option("--even-words", is_flag=True, help="All words count alike, not as often as the texts have them."),
         click.option(
             "--calibration", type=click.Path(path_type=Path), help="What `compresskit calibrate` saved, instead."
         ),

@@ -12,6 +12,7 @@ from benchmarks.experiments.quality import REPORTED, STS_B, TEXTS
 from benchmarks.options import pairs, rule
 
 SMALL = "small-dense"
+FITS = ("weighted", "robust", "even-words")
 
 
 @final
@@ -27,7 +28,7 @@ class CorpusDistill(Experiment):
         part: `model`: the ratio is that of the whole model; `encoder`: only the encoder is compressed and trained, and
             the ratio is its own.
         calibration: fit to what the layers see on so many of the texts; 0: to the weights alone.
-        fit: `robust`: expecting inputs to be off; with a calibration.
+        fit: `robust`: expecting inputs to be off; `even-words`: all words count alike; both with a calibration.
         model: `minilm`, or a random one.
         texts: `data`: the folder `text` in that of --data; `own`: the sentences of the benchmarks.
         unit, max_length: of `compresskit.tasks.load_corpus`.
@@ -118,8 +119,8 @@ class CorpusDistill(Experiment):
         import compresskit
         from compresskit.calibration import calibrate
 
-        if self.fit not in ("weighted", "robust"):
-            raise SuiteError(f"{self.kind}: fit is weighted or robust, got {self.fit!r}")
+        if self.fit not in FITS or (self.fit != FITS[0] and not self.calibration):
+            raise SuiteError(f"{self.kind}: fit is {' or '.join(FITS)}, with a calibration; got {self.fit!r}")
         if self.part not in ("model", "encoder") or (self.method, self.part) == (SMALL, "encoder"):
             raise SuiteError(f"{self.kind}: part is model or encoder, and model for {SMALL}; got {self.part!r}")
         params_before = sum(p.numel() for p in dense.parameters())
@@ -130,6 +131,8 @@ class CorpusDistill(Experiment):
         method = compresskit.decomposition(self.method, pairs(self.options.split()))
         student = copy.deepcopy(dense)
         seen = None if not self.calibration else calibrate(dense, rows, samples=self.calibration, seed=self.seed)
+        if seen is not None and self.fit == "even-words":
+            seen = seen.with_even_words()
         how = {"rules": [rule(text) for text in self.rules], "calibration": seen, "robust": self.fit == "robust"}
         if self.part == "model":
             report = compresskit.compress(student, method, ratio=self.ratio, **how)
@@ -163,9 +166,7 @@ class CorpusDistill(Experiment):
                 [configuration["method"], *configuration["options"].split(), *configuration.get("rules", ())]
             ),
             "ratio": f"{configuration['ratio']:g} ({configuration['part']})",
-            "fitted to": f"{configuration['calibration']} texts{', robust' if 'fit' in configuration else ''}"
-            if configuration["calibration"]
-            else "weights",
+            "fitted to": _fitted_to(configuration),
             "parameters": f"{report['params_after']:,}",
             "steps": f"{training['steps']:,}",
             "tokens": f"{training['tokens']:,}",
@@ -179,3 +180,11 @@ class CorpusDistill(Experiment):
             cells[title] = " → ".join("skipped" if value is None else f"{value:.3f}" for value in both)
         dense = figures["dense"].get("sts_b")
         return cells | {"dense STS-B": "skipped" if dense is None else f"{dense:.3f}"}
+
+
+def _fitted_to(configuration: Mapping[str, Any]) -> str:
+    if not configuration["calibration"]:
+        return "weights"
+    return ", ".join(
+        [f"{configuration['calibration']} texts", *([configuration["fit"]] if "fit" in configuration else [])]
+    )

@@ -43,7 +43,7 @@ class ModelSpeed(Experiment):
         shape: of the random model.
         batches: texts at a time.
         tokens: of each text.
-        device, dtype: where and in which type the forward passes run; fitting is done in float32 on the CPU.
+        device, dtype: where and in which type the forward passes run; fitting is done there too, in float32.
         repeats: rounds; the figures are their medians.
     """
 
@@ -63,7 +63,7 @@ class ModelSpeed(Experiment):
         from benchmarks.models import build_bert
 
         device, dtype = find_device(self.device), find_dtype(self.dtype)
-        dense = build_bert(self.shape, seed=self.seed)
+        dense = build_bert(self.shape, seed=self.seed).to(device)
         small = copy.deepcopy(dense)
         report = self._compress(small)
         models = {"dense": dense, "compressed": small, "floor": without_linear_layers(dense)}

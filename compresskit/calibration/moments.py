@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -127,6 +127,20 @@ class Calibration:
                 f"{', ...' if self.unmasked[4:] else ''} ({len(self.unmasked)} in all), and was counted"
             )
         return said
+
+    def with_even_words(self) -> "Calibration":
+        """The same moments, but every row of an embedding counts alike, however often the samples named it.
+
+        For texts unlike those of the later use, and for a model that is trained afterwards: it learns frequent words by
+        itself, the others hardly.
+        """
+        uses = {
+            name: use
+            if use.counts is None
+            else replace(use, counts=torch.full_like(use.counts, float(use.counts.mean())))
+            for name, use in self.uses.items()
+        }
+        return replace(self, uses=uses, provenance={**self.provenance, "even_words": True})
 
     def save(self, file: str | Path) -> None:
         """Write a safetensors file that `load_calibration` reads; complete or not there.

@@ -36,6 +36,8 @@ FUSED_RATE = 0.5
 """Of the rate of a large cuBLAS product that the fused kernel reaches where multiply-adds are the limit."""
 CALL_BYTES = 4e6
 """Bytes that memory moves in the time between the starts of two kernels."""
+STEP_BYTES = 5e5
+"""Likewise in one step of a tile's loop, each of which waits for what it loads: 0.17 us on an H100."""
 FEW_TOKENS = 16
 """Up to here calls take longer than products."""
 MIN_TRITON = (3, 5)
@@ -113,12 +115,13 @@ def choose(form: KronForm, n: int, element_bytes: int, *, tensor_cores: bool) ->
     ends = n * (form.q * form.s + form.p * form.r) * element_bytes
     macs = n * form.terms * form.r * form.s
     between = 2 * n * form.between * element_bytes
-    fused = max(ends, macs * min(form.p, form.q) / (FUSED_RATE * rate)) + CALL_BYTES
+    steps = form.terms * -(-form.s // (128 if n <= 128 else 64)) * min(form.p, form.q)
+    fused = max(ends, macs * min(form.p, form.q) / (FUSED_RATE * rate)) + CALL_BYTES + steps * STEP_BYTES
     wide = macs * (form.q if form.wide_first else form.p)
     mixed = max(ends + between, wide / rate + between / 2) + 2 * CALL_BYTES
     if is_fusible(form) and (fused <= mixed or not is_mixable(form)):
         return "fused"
-    return "mixed" if is_mixable(form) and n > FEW_TOKENS else "pytorch"
+    return "mixed" if is_mixable(form) else "pytorch"
 
 
 def is_fusible(form: KronForm) -> bool:

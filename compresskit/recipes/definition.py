@@ -46,6 +46,7 @@ class _Plain:
     rank_hidden_size: int | None = None
     allow_slower: bool = False
     calibration: int = 0
+    even_words: bool = False
 
     def __post_init__(self) -> None:
         if self.calibration < 0:
@@ -67,6 +68,7 @@ class Compressed(_Plain):
         allow_slower: with a ratio: permit structures that are expected to run slower than dense; rules always do.
         calibration: fit, and with a ratio choose, for what the layers see on so many texts of the corpus, or without
             one of the task's training data; 0: for the weights alone.
+        even_words: in that all words count alike, not as often as the texts have them.
     """
 
     rules: tuple[ShapeRule, ...] = ()

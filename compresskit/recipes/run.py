@@ -213,7 +213,10 @@ def _students(
     samples = getattr(preset.student, "calibration", 0)
 
     def seen(model: Model) -> Calibration | None:
-        return calibrate(model, texts(), tokenizer=models.tokenizer, samples=samples, seed=seed) if samples else None
+        if not samples:
+            return None
+        made = calibrate(model, texts(), tokenizer=models.tokenizer, samples=samples, seed=seed)
+        return made.with_even_words() if getattr(preset.student, "even_words", False) else made
 
     make = student_maker(preset, models.teacher, ratio=ratio, params=params, calibrate=seen)
     with torch.random.fork_rng():

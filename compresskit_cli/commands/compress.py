@@ -49,6 +49,7 @@ def command(
     gradients: bool,
     sensitivity: str,
     robust: bool,
+    even_words: bool,
     calibration: Path | None,
     sequential: bool,
     refine: int | None,
@@ -71,7 +72,9 @@ def command(
     from compresskit_cli.speed import speedup, time_dense
 
     options = Choice(**choice)
-    texts = Samples(calibrate, samples, max_length, gradients, calibration, sequential, refine, sensitivity, robust)
+    texts = Samples(
+        calibrate, samples, max_length, gradients, calibration, sequential, refine, sensitivity, robust, even_words
+    )
     texts.check()
     if plan_file is not None and sensitivity != PARAMETERS:
         raise click.UsageError("--plan says what becomes of each layer: --sensitivity has no say in it")

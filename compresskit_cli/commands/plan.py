@@ -39,6 +39,7 @@ def command(
     gradients: bool,
     sensitivity: str,
     robust: bool,
+    even_words: bool,
     calibration: Path | None,
     **choice: Any,
 ) -> None:
@@ -53,7 +54,16 @@ def command(
     from compresskit_cli.loading import load
 
     arguments = Choice(**choice).arguments()
-    texts = Samples(calibrate, samples, max_length, gradients, calibration, sensitivity=sensitivity, robust=robust)
+    texts = Samples(
+        calibrate,
+        samples,
+        max_length,
+        gradients,
+        calibration,
+        sensitivity=sensitivity,
+        robust=robust,
+        even_words=even_words,
+    )
     texts.check()
     for path, kind in ((output, "JSON"), (plot, "SVG")):
         if path is not None:

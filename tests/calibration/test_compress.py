@@ -99,6 +99,9 @@ def test_words_that_no_sample_holds_still_count():
     model = build("bert")
     calibration = calibrate(model, [padded()])
     rows = importances_of(calibration, model)["embeddings.word_embeddings"].rows
+    assert importances_of(calibration.with_even_words(), model)[
+        "embeddings.word_embeddings"
+    ].rows.unique().tolist() == [1]
     counts = calibration.uses["embeddings.word_embeddings"].counts
     assert rows[counts == 0].unique().tolist() == [0.5]
     assert rows.mean() == pytest.approx(1)

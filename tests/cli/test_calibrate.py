@@ -70,6 +70,25 @@ def test_robust_fits_are_said_so(cli, work, texts):
     assert done.json()["calibration"]["robust"] is True
 
 
+def test_words_that_count_alike_lose_less_in_all_and_more_where_the_texts_look(cli, work, texts):
+    options = (
+        "compress",
+        "bert",
+        "-m",
+        "svd",
+        "--ratio",
+        "1.2",
+        "--include",
+        "*word_embeddings*",
+        "--calibrate",
+        texts,
+    )
+    counted, even = cli(*options, "-o", "a", "--json").json(), cli(*options, "--even-words", "-o", "b", "--json").json()
+    sites = [said["sites"] for said in (counted, even)]
+    assert [len(found) for found in sites] == [1, 1]
+    assert sites[1][0]["relative_error"] < sites[0][0]["relative_error"]
+
+
 def test_a_plan_has_no_place_for_sensitivities(cli, fails, work, texts):
     cli("plan", "bert", "-m", "svd", "--ratio", "2", "-o", "plan.json")
     options = ("--plan", "plan.json", "--calibrate", texts, "--sensitivity", "measured")
@@ -82,6 +101,7 @@ def test_a_plan_has_no_place_for_sensitivities(cli, fails, work, texts):
         (("--calibrate", "x", "--calibration", "y"), "give one of them", 2),
         (("--sensitivity", "measured"), "--sensitivity measured need --calibrate", 2),
         (("--robust",), "--robust need --calibrate", 2),
+        (("--even-words",), "--even-words need --calibrate", 2),
         (("--samples", "3"), "--samples need --calibrate FILE_OR_FOLDER", 2),
         (("--calibrate", "nowhere"), "there is no file or folder nowhere", 1),
         (("--calibration", "bert/model.safetensors"), "is no calibration", 1),

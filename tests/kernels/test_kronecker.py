@@ -80,11 +80,13 @@ def test_tiles_fit(small, wide, terms, gpu):
 def test_the_rule():
     large = structure_of((2, 2), (2048, 2048), 1, True)._form
     assert choose(large, 0, 2, tensor_cores=True) == "pytorch"
-    assert choose(large, 1, 2, tensor_cores=True) == "fused"
+    assert choose(large, 1, 2, tensor_cores=True) == "mixed"
+    assert choose(structure_of((2, 2), (384, 384), 1, True)._form, 1, 2, tensor_cores=True) == "fused"
+    assert choose(structure_of((8, 8), (96, 96), 4, True)._form, 1, 2, tensor_cores=True) == "mixed"
     assert choose(large, 1, 4, tensor_cores=False) == "fused"
     assert choose(large, 1024, 4, tensor_cores=False) == "pytorch"
     middle = structure_of((16, 16), (64, 64), 1, True)._form
-    assert choose(middle, 1, 2, tensor_cores=True) == "pytorch"
+    assert choose(middle, 1, 2, tensor_cores=True) == "mixed"
     assert choose(middle, 1024, 2, tensor_cores=True) == "mixed"
     many = structure_of((48, 12), (64, 64), 1, True)._form
     for n in (1, 1024):
