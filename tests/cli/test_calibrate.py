@@ -77,7 +77,7 @@ def test_words_that_count_alike_lose_less_in_all_and_more_where_the_texts_look(c
         "-m",
         "svd",
         "--ratio",
-        "1.2",
+        "1.05",
         "--include",
         "*word_embeddings*",
         "--calibrate",
