@@ -61,9 +61,10 @@ def distilled_row(result):
 def task_row(result):
     figures, configuration = result["figures"], result["configuration"]
     primary, settings = figures["primary"], " ".join(configuration["settings"])
+    on_gpu = "device" in configuration
     said = {
         ", task stage alone": configuration["stages"] == "one",
-        ", balanced": "attention-scores.weight" in settings and "compress.calibration" in settings,
+        ", balanced": "attention-scores.weight" in settings and ("compress.calibration" in settings or on_gpu),
     }
     cells = [
         f"{configuration['task']}, {configuration['ratio']:g}",
@@ -111,6 +112,61 @@ def test_every_result_on_a_task_is_a_row_and_there_is_no_other():
     assert results
     rows = rows_below("On tasks", ("mrpc", "stsb", "rte", "cola", "sst2"))
     assert sorted(rows) == sorted(map(task_row, results))
+
+
+def start_rows(results):
+    """One row for each method, ratio and start, over the seeds."""
+    found = {}
+    for result in results:
+        configuration = result["configuration"]
+        rules = "".join(f", {rule}" for rule in configuration.get("rules", ()))
+        fit = {None: "as often as in texts", "even-words": "all alike"}[configuration.get("fit")]
+        start = fit if configuration["calibration"] else "weights alone"
+        found.setdefault((f"{configuration['method']}{rules}, {configuration['ratio']:g}", start), []).append(result)
+    return [line_of([*key, str(len(of)), *_spread(of)]) for key, of in found.items()]
+
+
+def _spread(results):
+    before, after = ([result["figures"][when] for result in results] for when in ("before", "after"))
+    means = [
+        sum(found[name] for found in of) / len(of)
+        for of, name in ((before, "sts_b"), (after, "sts_b"), (after, "similarity_spearman"), (after, "hidden_error"))
+    ]
+    least, most = (f(found["sts_b"] for found in after) for f in (min, max))
+    cells = [f"{mean:.3f}" for mean in means]
+    return [cells[0], f"{cells[1]} ({least:.3f} to {most:.3f})", *cells[2:]]
+
+
+def test_every_start_that_was_compared_on_a_gpu_is_a_row_and_there_is_no_other():
+    results = results_of("gpu-corpus")
+    assert results
+    rows = rows_below("Which words count", ("svd", "kronecker"))
+    assert sorted(rows) == sorted(start_rows(results))
+
+
+def test_every_result_on_a_task_on_a_gpu_is_a_row_and_there_is_no_other():
+    results = results_of("gpu-recipe")
+    assert results
+    rows = rows_below("On tasks, with more text", ("mrpc", "stsb", "rte", "cola", "sst2"))
+    assert sorted(rows) == sorted(map(task_row, results))
+
+
+def kernel_rows(results):
+    """Time of dense / ours in graphs, by the faster of our kernels, and in brackets by PyTorch."""
+    rows = []
+    for result in results:
+        for options, found in result["figures"]["structures"].items():
+            ratios = [found[tokens]["graph"]["dense_ratio"] for tokens in ("1", "128", "1024", "16384")]
+            cells = [f"{max(of['fused'], of['mixed']):.2f} ({of['pytorch']:.2f})" for of in ratios]
+            rows.append(line_of([result["configuration"]["shape"].replace("x", " x "), f"`{options}`", *cells]))
+    return rows
+
+
+def test_every_layer_that_was_timed_on_a_gpu_is_a_row_and_there_is_no_other():
+    results = [result for result in results_of("gpu") if result["configuration"]["kind"] == "fused"]
+    assert results
+    rows = [row for row in rows_below("Speed", ("768", "3072", "4096", "11008")) if "`left=" in row]
+    assert sorted(rows) == sorted(kernel_rows(results))
 
 
 def test_every_data_aware_fit_that_was_measured_is_in_the_table_and_no_other():

@@ -82,7 +82,8 @@ def test_the_rule():
     assert choose(large, 0, 2, tensor_cores=True) == "pytorch"
     assert choose(large, 1, 2, tensor_cores=True) == "mixed"
     assert choose(structure_of((2, 2), (384, 384), 1, True)._form, 1, 2, tensor_cores=True) == "fused"
-    assert choose(structure_of((8, 8), (96, 96), 4, True)._form, 1, 2, tensor_cores=True) == "mixed"
+    terms = structure_of((8, 8), (96, 96), 4, True)._form
+    assert [choose(terms, n, 2, tensor_cores=True) for n in (1, 1024)] == ["pytorch", "mixed"]
     assert choose(large, 1, 4, tensor_cores=False) == "fused"
     assert choose(large, 1024, 4, tensor_cores=False) == "pytorch"
     middle = structure_of((16, 16), (64, 64), 1, True)._form
