@@ -103,8 +103,8 @@ def choose(form: KronForm, n: int, element_bytes: int, *, tensor_cores: bool) ->
     takes longer; and a constant for each kernel that it starts. Without tensor cores (float32 in full) only few tokens
     are for the kernel: its products are slower than those of cuBLAS.
 
-    Constants and rule were set by what the suite `gpu` measured on an H100 in bfloat16 (four weights, four structures, 1 to
-    16,384 tokens): what it chooses takes 1.7 % longer than the best of the three on average, 38 % at worst.
+    Constants and rule were set by what the suite `gpu` measured on an H100 in bfloat16 (four weights, four structures,
+    1 to 16,384 tokens): what it chooses takes 1.7 % longer than the best of the three on average, 38 % at worst.
 
     Args:
         form: sizes of the product.
