@@ -123,6 +123,10 @@ class Importance:
         cols, col_scale = _damped(self.cols, self.ridge + self.noise, like.device)
         return Metric(rows, cols, row_scale * col_scale)
 
+    def row_metric(self, like: Tensor) -> "Moment":
+        """R of `metric` alone."""
+        return _damped(self.rows, self.ridge, like.device)[0]
+
 
 @final
 @dataclass(frozen=True, eq=False)

@@ -41,7 +41,7 @@ def test_more_rounds_are_never_worse_and_the_first_is_the_svd(importance, blocks
     assert errors[0] == pytest.approx(error_of(low, importance), rel=1e-4)
     assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(errors))
     if min(blocks) > 1:
-        assert errors[-1] < 0.9 * errors[0]
+        assert errors[-1] < 0.92 * errors[0]
 
 
 @pytest.mark.parametrize("importance", [None, "words", "both"])
