@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import exp, log
 from typing import final
 
-ANCHORS = (0.1, 0.25, 0.5, 0.8, 0.9, 1)
+ANCHORS = (0.1, 0.2, 0.4, 0.8, 1)
 """Shares of the highest rank that are fitted for prices, if ranks beside them are asked for. What is gained over the
 start is near a power of the rank, and so it is interpolated between them, and continued below."""
 FEW_RANKS = 32
@@ -26,9 +26,9 @@ what a fit gains, minus the logarithm of the share that is left, was then 0.72 t
 tenth of the highest rank, 0.45 to 0.65 at a quarter, 0.35 to 0.57 at half. Without weights of inputs, as in embeddings,
 it was 0.23 to 0.35: too little to tell."""
 FULL_ROUNDS = 15
-GROWTH, GROWTH_POWER = 2.1, 0.25
+GROWTH, GROWTH_POWER = 2.4, 0.3
 """What is gained after FULL_ROUNDS / after SHORT_ROUNDS is expected to be GROWTH * (rank / highest) ** GROWTH_POWER, at
-least 1: near the least that was seen, for a price must not be too low."""
+least 1. Where it is less, the fit takes some rounds more to keep its price."""
 
 
 @final

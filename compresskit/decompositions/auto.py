@@ -110,7 +110,7 @@ class _AutoAnalysis(Analysis):
     def __init__(self, auto: Auto, weight: Tensor, importance: Importance | None) -> None:
         self._auto = auto
         self._weight = weight
-        self._importance = importance
+        self._importance = None if importance is None else importance.remembering()
         self._dear: dict[Decomposition, Analysis] = {}
 
     def squared_errors(self, structures: Sequence[Structure]) -> list[float]:
@@ -162,11 +162,19 @@ class _AutoAnalysis(Analysis):
         return [front[round(i * step)] for i in range(min(MAX_SEARCHES, len(front)))]
 
     def factors(self, structure: Structure) -> dict[str, Tensor]:
-        return self._analysis(self._auto.fitter(structure)).factors(structure)
+        try:
+            return self._analysis(self._auto.fitter(structure)).factors(structure)
+        finally:
+            self._forget()
 
     def shrink(self) -> None:
+        self._forget()
         for analysis in self._dear.values():
             analysis.shrink()
+
+    def _forget(self) -> None:
+        if self._importance is not None:
+            self._importance.forget()
 
     def _analysis(self, fitter: Decomposition) -> Analysis:
         """A new one; that of a method whose prices are dear is kept."""
