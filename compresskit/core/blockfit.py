@@ -11,6 +11,7 @@ weight, and everything else follows from these: on 384 x 1536 weights at 4 times
 of D C itself.
 """
 
+import math
 from dataclasses import dataclass
 from typing import final
 
@@ -21,8 +22,10 @@ from compresskit.core.importance import Moment
 
 RIDGE = 1e-6
 """Share of the mean of a Gram matrix's diagonal that is added to it: bases may be linearly dependent."""
-SHAKE = 0.1
+SHAKE = 0.03
 """Noise that a start is given, as a share of each component's size."""
+PATIENCE = 4
+"""So many times the rounds are made at most to reach an error that is asked for."""
 GROWTH = 1 / 3
 """Rounds to this power are the length of an extrapolation."""
 
@@ -100,18 +103,23 @@ class BlockFit:
         """The error after so many rounds."""
         return max(self._search(start, rounds)[1], 0.0)
 
-    def refine(self, start: Blocks, rounds: int) -> Blocks:
-        """Factors with an error that is not above that of the start, after so many rounds."""
-        found = self._search(start, rounds)[0]
+    def refine(self, start: Blocks, rounds: int, *, until: float = math.inf) -> Blocks:
+        """Factors with an error that is not above that of the start, after so many rounds.
+
+        Args:
+            until: a squared error, as `error` measures it; if it is not reached, the search goes on up to PATIENCE
+                times as long.
+        """
+        found = self._search(start, rounds, until)[0]
         if self._scaled is not None:
             found = _Problem.of(self._scaled, Moment(None), self._problem.cols).with_left(found)
         found = found.transposed() if self._turned else found
         return found.weighed(*self._inverses)
 
-    def _search(self, start: Blocks, rounds: int) -> tuple[Blocks, float]:
+    def _search(self, start: Blocks, rounds: int, until: float = math.inf) -> tuple[Blocks, float]:
         start = start.weighed(*self._scales)
         start = start.transposed() if self._turned else start
-        return _refined(self._problem, self._problem.with_left(start) if self._tall else start, rounds)
+        return _refined(self._problem, self._problem.with_left(start) if self._tall else start, rounds, until)
 
 
 def _root(moment: Moment, like: Tensor, *, inverse: bool = False) -> Moment:
@@ -147,7 +155,9 @@ class _Problem:
             grams = _grams(_own_grams(blocks.right, self.cols), blocks.scales)
         else:
             grams = torch.bmm(_mixed(self.seen(blocks.right.mT), blocks.scales), bases.mT)
-        left = _solved(grams, torch.bmm(self.answers.view(len(bases), -1, bases.shape[2]), bases.mT).mT).mT
+        wanted = torch.bmm(self.answers.view(len(bases), -1, bases.shape[2]), bases.mT).mT
+        left = _solved(grams, wanted)
+        left = (left + _solved(grams, wanted - torch.bmm(grams, left))).mT  # what is raised does not count then
         return Blocks(left.contiguous(), blocks.scales, blocks.right)
 
     def seen(self, right: Tensor) -> Tensor:
@@ -156,22 +166,24 @@ class _Problem:
         return torch.bmm(right, self.cols.values.view(len(right), right.shape[2], -1))
 
 
-def _refined(problem: _Problem, start: Blocks, rounds: int) -> tuple[Blocks, float]:
+def _refined(problem: _Problem, start: Blocks, rounds: int, until: float) -> tuple[Blocks, float]:
     """The best that was found, and its error."""
     best, before = _Descent(problem, start), None
     least = best.error
     kept = best.place()
     here = _Descent(problem, _shaken(start))
-    for number in range(rounds):
-        here.left_step()
-        here.right_step()
+    for number in range(PATIENCE * rounds):
+        if number >= rounds and least <= until:
+            break
         here.scales_step()
+        here.right_step()
+        here.left_step()
         if here.error > least:  # the extrapolation did not pay
             here = _Descent(problem, *kept)
             before = None
             continue
         before, kept, least = (kept if number else None), here.place(), here.error
-        if before is not None and number + 1 < rounds:
+        if before is not None and (number + 1 < rounds or least > until):
             here = here.beyond(before, (number + 1) ** GROWTH)
     return kept[0], _Descent(problem, *kept).error  # what was subtracted step by step has drifted
 

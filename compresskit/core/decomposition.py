@@ -36,6 +36,16 @@ class Analysis(ABC):
         In a weighted analysis: tr(R D C D^T) of the difference D, as `Importance.squared_norm` measures it.
         """
 
+    def squared_errors_beside(self, structures: Sequence[Structure], rivals: Sequence[float]) -> list[float]:
+        """The same, where each only counts if it is lower than that of a rival structure of another method.
+
+        What hardly will be may have a rougher price, from above, or infinity; by default all are as without rivals.
+
+        Args:
+            rivals: the least squared error that others reach with as many parameters, for each of the structures.
+        """
+        return self.squared_errors(structures)
+
     @abstractmethod
     def factors(self, structure: Structure) -> dict[str, Tensor]:
         """Best factors found for this structure, in the dtype of the analysed weight."""

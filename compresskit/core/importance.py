@@ -8,7 +8,7 @@ a diagonal R.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import final
 
@@ -53,6 +53,7 @@ class Importance:
     mean: Tensor | None = None
     ridge: float = RIDGE
     noise: float = 0.0
+    _metrics: "dict[torch.device, Metric] | None" = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, moment in (("cols", self.cols), ("rows", self.rows)):
@@ -117,11 +118,33 @@ class Importance:
                 centred = vectors * values.clamp_min(0) @ vectors.T
         return replace(self, cols=centred.to(self.cols.dtype))
 
+    def remembering(self) -> "Importance":
+        """The same, for several fits of one weight: it keeps its metric until `forget`."""
+        copy = replace(self)
+        object.__setattr__(copy, "_metrics", {})
+        return copy
+
+    def forget(self) -> None:
+        """Give up what `remembering` keeps; it is computed again where it is needed."""
+        if self._metrics is not None:
+            self._metrics.clear()
+
     def metric(self, like: Tensor) -> "Metric":
         """What fits work with, in float64 on the device of `like`; see Metric."""
+        if self._metrics is None:
+            return self._metric(like)
+        if like.device not in self._metrics:
+            self._metrics[like.device] = self._metric(like)
+        return self._metrics[like.device]
+
+    def _metric(self, like: Tensor) -> "Metric":
         rows, row_scale = _damped(self.rows, self.ridge, like.device)
         cols, col_scale = _damped(self.cols, self.ridge + self.noise, like.device)
         return Metric(rows, cols, row_scale * col_scale)
+
+    def row_metric(self, like: Tensor) -> "Moment":
+        """R of `metric` alone."""
+        return _damped(self.rows, self.ridge, like.device)[0]
 
 
 @final

@@ -1,10 +1,12 @@
 """Weighted Kronecker fits of one weight: prices of a whole menu, cheaper where it is hopeless, and the fit of a shape.
 
 A price is the error that a few rounds reach, and the fit goes on from there: so it is an upper bound. All shapes get
-one round, and only those more that no shape of fewer parameters beats by far.
+one round, and only those more that no shape of fewer parameters beats by far. Beside rivals of other kinds all get the
+start alone, which is seldom far from what rounds reach, and only those rounds that the rivals do not beat.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, final
 
@@ -22,6 +24,11 @@ STAGES = ((1, 1.8), (3, 0.0))
 
 On layers of all-MiniLM-L6-v2 squared errors after one round are 1 to 1.8 times those after twelve, after four rounds
 1.05 times in the mean."""
+STAGES_BESIDE = ((0, 1.25), (1, 1.1), (3, 0.0))
+"""The same beside rivals. Squared errors of starts were 1 to 1.25 times those after twelve rounds, mostly
+1.02."""
+MAX_SIDE = 2048
+"""Beside rivals, shapes with larger normal equations are not priced: one of 4096 takes eight times as long as this."""
 REFINE_ROUNDS = 3
 
 
@@ -55,22 +62,37 @@ class WeightedSums:
         self._rounds = rounds
         self._known: dict[Shape, State] = {}
 
-    def prices(self, shapes: Sequence[Shape]) -> list[float]:
-        """Squared weighted error of each shape, one that `fit` reaches or falls below."""
+    def prices(self, shapes: Sequence[Shape], rivals: Sequence[float] | None = None) -> list[float]:
+        """Squared weighted error of each shape, one that `fit` reaches or falls below.
+
+        Args:
+            rivals: errors that a shape must fall below to count; those that hardly will have rougher prices, or an
+                infinite one.
+        """
         if not shapes:
             return []
         metric = self._importance.metric(self._weight)
         new = [shape for shape in dict.fromkeys(shapes) if shape not in self._known]
+        limits = None
+        if rivals is not None:
+            scale = metric.scale or 1.0
+            limits = {shape: rival / scale for shape, rival in zip(shapes, rivals, strict=True)}
+            new = [shape for shape in new if self._side(shape) <= MAX_SIDE]
         going = new
-        for rounds, hopeless in STAGES:
+        for rounds, hopeless in STAGES if limits is None else STAGES_BESIDE:
             for reduced in (True, False):
                 alike = [shape for shape in going if self._reducible(shape) is reduced]
                 self._descend(metric, alike, min(rounds, self._rounds), reduced=reduced)
-            going = self._hopeful(going, hopeless)
+            going = self._hopeful(going, hopeless, limits or {})
         for shape in new:  # the wide factors are many, and follow from the small ones
             state = self._known[shape]
             self._known[shape] = State(state.small, state.wide[:0], state.error)
-        return [metric.scale * self._known[shape].error for shape in shapes]
+        known = self._known
+        return [metric.scale * known[shape].error if shape in known else math.inf for shape in shapes]
+
+    def _side(self, shape: Shape) -> int:
+        """Of the normal equations for the wide factors; 0 where they have a closed form."""
+        return 0 if shape.grid.q == 1 else shape.terms * (self._weight.shape[1] // shape.grid.q)
 
     def fit(self, shape: Shape) -> tuple[Tensor, Tensor]:
         """Small (terms, p * q) and wide (terms, r * s), orthogonal terms in falling order, evenly split."""
@@ -132,13 +154,13 @@ class WeightedSums:
         refinement = Refinement(blocks, problem.weight, problem.metric)
         return refinement.best(last, first, refinement.plain(shape.terms))
 
-    def _hopeful(self, shapes: Sequence[Shape], hopeless: float) -> list[Shape]:
-        """Those that no smaller one beats by far."""
-        least, hopeful = float("inf"), []
+    def _hopeful(self, shapes: Sequence[Shape], hopeless: float, limits: Mapping[Shape, float]) -> list[Shape]:
+        """Those that no smaller one, nor their limit, beats by far."""
+        least, hopeful = math.inf, []
         for shape in sorted(shapes, key=lambda shape: shape.num_params):
             error = self._known[shape].error
             least = min(least, error)
-            if error <= hopeless * least:
+            if error <= hopeless * min(least, limits.get(shape, math.inf)):
                 hopeful.append(shape)
         return hopeful
 

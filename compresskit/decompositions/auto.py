@@ -26,7 +26,7 @@ VARIANTS: Mapping[str, Sequence[Mapping[str, str]]] = {
 }
 """Options of methods whose defaults leave out what the budget could choose from."""
 
-MAX_SEARCHES = 16
+MAX_SEARCHES = 8
 """Structures of one method that are priced with an importance if each takes a search: those that lose less, unweighted,
 than all smaller ones, evenly thinned."""
 
@@ -110,7 +110,7 @@ class _AutoAnalysis(Analysis):
     def __init__(self, auto: Auto, weight: Tensor, importance: Importance | None) -> None:
         self._auto = auto
         self._weight = weight
-        self._importance = importance
+        self._importance = None if importance is None else importance.remembering()
         self._dear: dict[Decomposition, Analysis] = {}
 
     def squared_errors(self, structures: Sequence[Structure]) -> list[float]:
@@ -134,11 +134,17 @@ class _AutoAnalysis(Analysis):
         sample of them is hopeless beside the prices of others."""
         analysis = self._analysis(fitter)
         worth = self._worth_a_search(fitter, structures)
-        sample = worth if fitter.prices_at_once else worth[:: max(len(worth) // SAMPLE, 1)]
-        prices = dict(zip(sample, analysis.squared_errors(sample), strict=True))
-        if any(price <= HOPELESS * _least(others, structure) for structure, price in prices.items()):
-            rest = [structure for structure in worth if structure not in prices]
-            prices.update(zip(rest, analysis.squared_errors(rest), strict=True))
+        if fitter.prices_at_once:
+            return dict(zip(worth, analysis.squared_errors(worth), strict=True))
+        rivals = {structure: _least(others, structure) for structure in worth}
+
+        def priced(some: Sequence[Structure]) -> list[tuple[Structure, float]]:
+            found = analysis.squared_errors_beside(some, [rivals[structure] for structure in some])
+            return list(zip(some, found, strict=True))
+
+        prices = dict(priced(worth[:: max(len(worth) // SAMPLE, 1)]))
+        if any(price <= HOPELESS * rivals[structure] for structure, price in prices.items()):
+            prices.update(priced([structure for structure in worth if structure not in prices]))
         return prices
 
     def _worth_a_search(self, fitter: Decomposition, structures: Sequence[Structure]) -> Sequence[Structure]:
@@ -156,11 +162,19 @@ class _AutoAnalysis(Analysis):
         return [front[round(i * step)] for i in range(min(MAX_SEARCHES, len(front)))]
 
     def factors(self, structure: Structure) -> dict[str, Tensor]:
-        return self._analysis(self._auto.fitter(structure)).factors(structure)
+        try:
+            return self._analysis(self._auto.fitter(structure)).factors(structure)
+        finally:
+            self._forget()
 
     def shrink(self) -> None:
+        self._forget()
         for analysis in self._dear.values():
             analysis.shrink()
+
+    def _forget(self) -> None:
+        if self._importance is not None:
+            self._importance.forget()
 
     def _analysis(self, fitter: Decomposition) -> Analysis:
         """A new one; that of a method whose prices are dear is kept."""

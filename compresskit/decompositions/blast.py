@@ -7,11 +7,9 @@ starts at the SVD of the same rank, plain or weighted, and alternates exact solu
 SVD (`core.blockfit`).
 """
 
-from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from math import exp, log
 from typing import ClassVar, final
 
 import torch
@@ -22,6 +20,7 @@ from compresskit.core.blockfit import BlockFit, Blocks
 from compresskit.core.chain import Chain, Step
 from compresskit.core.cost import Gemm, Operation, Pass
 from compresskit.core.decomposition import Analysis, Decomposition, squared_norm
+from compresskit.core.gains import Gains
 from compresskit.core.grid import Pair, check_grid, grid_sizes
 from compresskit.core.importance import Importance, Metric, Moment
 from compresskit.core.registry import register
@@ -33,17 +32,10 @@ MAX_BLOCKS = 8
 """Blocks along a side that the menu offers at most. More fit better, but their coupling costs time."""
 RANK_STEP = 1.02
 """Neighbouring ranks of the menu."""
-ANCHORS = (0.1, 0.25, 0.5, 0.8, 0.9, 1)
-"""Shares of the highest rank that are fitted for prices, if ranks beside them are asked for. What is gained over the
-SVD is near a power of the rank, and so it is interpolated between them, and continued below."""
-FEW_RANKS = 32
-"""Up to so many ranks of a weight are all fitted: such fits are fast, and small weights differ from rank to rank."""
-CAUTION = 0.12
-"""Four times the share of the gain that is not counted midway between anchors: a price must not be too low."""
 ROUNDING = 1e-5
 """Share by which an error may be above its price without being worse."""
-LEAST_GAIN = 1e-6
-"""What counts as none, as a share of the squared error, and as all but this share."""
+APART = 1.5
+"""A weighted fit is not tried from the plain fit's start as well if that loses so many times as much, squared."""
 
 
 @final
@@ -286,14 +278,14 @@ def _ranks(top: int) -> list[int]:
 
 @final
 class _BlastAnalysis(Analysis):
-    """The SVD of a rank, refined. What that gains is a smooth function of the rank: a few ranks price all others."""
+    """The SVD of a rank, refined; what that gains at all ranks follows from short fits at a few (core/gains.py)."""
 
     def __init__(self, weight: Tensor, importance: Importance | None, rounds: int) -> None:
         self._given = weight
         self._scale = float(torch.linalg.vector_norm(weight)) / weight.numel() ** 0.5 or 1.0
         self._importance = importance
         self._rounds = rounds
-        self._gains: dict[BlastBlocks, float] = {}
+        self._measured: dict[BlastBlocks, float] = {}
         self._promised: dict[BlastBlocks, float] = {}
         self._problems: dict[Pair, BlockFit] = {}
 
@@ -317,48 +309,37 @@ class _BlastAnalysis(Analysis):
     def squared_errors(self, structures: Sequence[Structure]) -> list[float]:
         blasts = [structure for structure in structures if isinstance(structure, BlastBlocks)]
         lows = self._start.squared_errors([LowRank(s.rows, s.cols, s.rank) for s in blasts])
-        self._promised.update((s, low * self._gain(s)) for s, low in zip(blasts, lows, strict=True))
+        self._promised.update((s, low * self._left(s)) for s, low in zip(blasts, lows, strict=True))
         return [self._promised[structure] * self._scale**2 for structure in blasts]
 
-    def _gain(self, structure: BlastBlocks) -> float:
-        """Squared error / that of the SVD of this rank; its logarithm is a power of the rank between two anchors."""
-        top = _top(structure.rows, structure.cols, structure.blocks)
-        anchors = sorted({max(1, round(share * top)) for share in ANCHORS})
-        if structure.rank > top or top <= FEW_RANKS or self._rounds == 0 or structure.rank in anchors:
-            return self._gain_at(structure)
-        above = min(max(bisect_left(anchors, structure.rank), 1), len(anchors) - 1)
-        ranks = anchors[above - 1 : above + 1]
-        kept = (max(self._gain_at(replace(structure, rank=rank)), LEAST_GAIN) for rank in ranks)
-        low, high = (log(max(-log(share), LEAST_GAIN)) for share in kept)
-        share = log(structure.rank / ranks[0]) / log(ranks[1] / ranks[0])
-        caution = 1 - CAUTION * max(share * (1 - share), 0.0)
-        return exp(-caution * exp(low + share * (high - low)))
+    def _left(self, structure: BlastBlocks) -> float:
+        """Squared error / that of the SVD of this rank, as expected."""
+        rows, cols, blocks = structure.rows, structure.cols, structure.blocks
 
-    def _gain_at(self, structure: BlastBlocks) -> float:
-        """The same of this very rank."""
-        if structure not in self._gains:
+        def at(rank: int, rounds: int) -> float:
+            return self._left_after(BlastBlocks(rows, cols, blocks, rank), rounds)
+
+        short = self._metric is not None and not self._metric.cols.is_identity
+        return Gains(_top(rows, cols, blocks), self._rounds, short, at).share(structure.rank)
+
+    def _left_after(self, structure: BlastBlocks, rounds: int) -> float:
+        """The same after so many rounds, from a fit of this very rank."""
+        if structure not in self._measured:
             low = self._start.squared_errors([LowRank(structure.rows, structure.cols, structure.rank)])[0]
-            error = self._problem(structure.blocks).error(self._first(structure), self._rounds)
-            scale = 1.0 if self._metric is None else self._metric.scale
-            self._gains[structure] = min(error * scale / low, 1.0) if low > 0 else 1.0
-        return self._gains[structure]
+            error = self._problem(structure.blocks).error(self._first(structure), rounds)
+            self._measured[structure] = min(error * self._unit / low, 1.0) if low > 0 else 1.0
+        return self._measured[structure]
 
     def factors(self, structure: Structure) -> dict[str, Tensor]:
         assert isinstance(structure, BlastBlocks)
-        blocks = self._as_promised(structure)
+        first, until = self._first(structure), self._promise(structure) * (1 + ROUNDING) / (self._unit or 1.0)
+        blocks = self._problem(structure.blocks).refine(first, self._rounds, until=until)
         if self._importance is not None:  # both end in optima of their own: the plain fit can be the better one
             plain = _BlastAnalysis(self._weight, None, self._rounds)
-            blocks = min(blocks, plain._fit(structure, self._rounds).times(plain._scale), key=self._error)
+            if self._error(plain._first(structure).times(plain._scale)) <= APART * self._error(first):
+                other = plain._problem(structure.blocks).refine(plain._first(structure), self._rounds)
+                blocks = min(blocks, other.times(plain._scale), key=self._error)
         return _stored(blocks, self._scale)
-
-    def _as_promised(self, structure: BlastBlocks) -> Blocks:
-        """The fit; where an interpolated price was lower, after more rounds."""
-        blocks = self._fit(structure, self._rounds)
-        for rounds in (2 * self._rounds, 4 * self._rounds):
-            if self._error(blocks) <= self._promise(structure) * (1 + ROUNDING):
-                break
-            blocks = self._fit(structure, rounds)
-        return blocks
 
     def _promise(self, structure: BlastBlocks) -> float:
         """Its price, for the scaled weight, whether it has been asked for or not: fits do not depend on that."""
@@ -366,13 +347,15 @@ class _BlastAnalysis(Analysis):
             self.squared_errors([structure])
         return self._promised[structure]
 
+    @property
+    def _unit(self) -> float:
+        """Squared errors of this analysis / those of its problems."""
+        return 1.0 if self._metric is None else self._metric.scale
+
     def _error(self, blocks: Blocks) -> float:
         """Squared error of the scaled weight, weighted if there is an importance."""
         difference = self._weight - blocks.dense()
         return squared_norm(difference) if self._importance is None else self._importance.squared_norm(difference)
-
-    def _fit(self, structure: BlastBlocks, rounds: int) -> Blocks:
-        return self._problem(structure.blocks).refine(self._first(structure), rounds)
 
     def _problem(self, blocks: Pair) -> BlockFit:
         if blocks not in self._problems:

@@ -371,6 +371,9 @@ class _WeightedAnalysis(Analysis):
     def squared_errors(self, structures: Sequence[Structure]) -> list[float]:
         return self._sums.prices([_shape(structure) for structure in structures])
 
+    def squared_errors_beside(self, structures: Sequence[Structure], rivals: Sequence[float]) -> list[float]:
+        return self._sums.prices([_shape(structure) for structure in structures], rivals)
+
     def factors(self, structure: Structure) -> dict[str, Tensor]:
         assert isinstance(structure, KroneckerSum)
         small, wide = self._sums.fit(_shape(structure))

@@ -19,7 +19,7 @@ from compresskit.core.chain import Chain, LastAxis
 from compresskit.core.cost import Gemm, Operation
 from compresskit.core.decomposition import Analysis, Decomposition, squared_norm
 from compresskit.core.folding import SINGLE_TAIL, gram, row_gram
-from compresskit.core.importance import Importance, Metric, Moment
+from compresskit.core.importance import Importance, Moment
 from compresskit.core.registry import register
 from compresskit.core.structure import Factor, Structure, TensorSpec
 from compresskit.errors import OptionError, StructureError
@@ -183,6 +183,7 @@ class _WeightedAnalysis(Analysis):
         self._importance = importance
         self._basis = weight.new_empty(0, 0)  # (side, rank), leading first, as many as were asked for
         self._errors: list[float] = []  # of rank 0, 1, ...
+        self._by_rows = True  # whether the weight is projected on left vectors; else on right ones
 
     def squared_errors(self, structures: Sequence[Structure]) -> list[float]:
         ranks = [_rank(structure) for structure in structures]
@@ -194,8 +195,8 @@ class _WeightedAnalysis(Analysis):
             return
         metric = self._importance.metric(self._weight)
         weight = metric.rows.root().before(self._weight.double())  # (rows, cols)
-        by_rows = _by_rows(metric)
-        side, moment = (weight, metric.cols) if by_rows else (weight.T, Moment(None))
+        self._by_rows = not metric.cols.is_identity
+        side, moment = (weight, metric.cols) if self._by_rows else (weight.T, Moment(None))
         if side.shape[0] <= side.shape[1]:
             values, basis = torch.linalg.eigh(moment.after(side) @ side.T)
         else:
@@ -209,19 +210,14 @@ class _WeightedAnalysis(Analysis):
         self._prepare(_rank(structure))
         basis = self._basis[:, : _rank(structure)].double()
         basis = torch.linalg.qr(basis).Q  # vectors of a Gram matrix, rounded, lose their right angles
-        weight, metric = self._weight.double(), self._importance.metric(self._weight)
-        if _by_rows(metric):
-            left, right = metric.rows.inverse_root().before(basis), basis.T @ metric.rows.root().before(weight)
+        weight, rows = self._weight.double(), self._importance.row_metric(self._weight)
+        if self._by_rows:
+            left, right = rows.inverse_root().before(basis), basis.T @ rows.root().before(weight)
         else:
             left, right = weight @ basis, basis.T
         scale = (torch.linalg.vector_norm(right, dim=1) / torch.linalg.vector_norm(left, dim=0)).sqrt()
         scale = torch.where(scale.isfinite() & (scale > 0), scale, 1.0)  # split evenly: both train at one scale
         return {"left": (left * scale).to(self._weight.dtype), "right": (right.T / scale).T.to(self._weight.dtype)}
-
-
-def _by_rows(metric: Metric) -> bool:
-    """Whether the weight is projected on left vectors; else on right ones."""
-    return not metric.cols.is_identity
 
 
 @final

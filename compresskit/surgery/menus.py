@@ -20,7 +20,7 @@ from compresskit.surgery.sites import Site
 
 SMALLER, LARGER = 4, 8
 """Structures between the average size over SMALLER and times LARGER are priced; more only if these do not reach."""
-NEAR = 2
+NEAR = 1.5
 """Of methods whose prices are dear, those up to so many times smaller or larger than the budget's first choice."""
 MOVED = 1.3
 """A choice that has become so many times smaller or larger has others near it."""

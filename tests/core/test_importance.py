@@ -1,5 +1,6 @@
 """Importance: what it accepts, and that its arithmetic is that of the formulas, written out."""
 
+import dataclasses
 import math
 
 import pytest
@@ -183,3 +184,16 @@ def test_a_nearly_constant_input_is_centred_to_a_second_moment_all_the_same():
     centred = Importance(cols=cols, mean=mean).centred()
     assert torch.linalg.eigvalsh(centred.cols.double())[0] >= -1e-6 * centred.cols.diagonal().max()
     centred.metric(torch.zeros(3, 12)).cols.root()
+
+
+def test_one_that_remembers_keeps_its_metric_until_it_is_told_to_forget():
+    importance, like = Importance(torch.eye(4), torch.ones(3)), torch.ones(3, 4)
+    assert importance.metric(like) is not importance.metric(like)
+    remembering = importance.remembering()
+    kept = remembering.metric(like)
+    assert remembering.metric(like) is kept
+    torch.testing.assert_close(kept.cols.values, importance.metric(like).cols.values, rtol=0, atol=0)
+    noisy = dataclasses.replace(remembering, noise=1.0).metric(like)
+    assert float(noisy.cols.values[0, 0]) == pytest.approx(2, rel=1e-3)
+    remembering.forget()
+    assert remembering.metric(like) is not kept

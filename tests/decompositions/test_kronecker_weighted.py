@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compresskit.core import kron_weighted
 from compresskit.core.importance import Importance
 from compresskit.decompositions.kronecker import Kronecker, KroneckerSum
 from compresskit.testing.cases import normal, sample_weight
@@ -122,3 +123,29 @@ def test_terms_are_orthogonal_evenly_split_and_ordered():
     for factor in (small, wide):
         torch.testing.assert_close(factor @ factor.T, norms.square().diag(), rtol=1e-6, atol=1e-6)
     assert not math.isclose(float(norms[0]), float(norms[-1]))
+
+
+def test_prices_beside_rivals_are_from_above_and_rough_where_they_are_beaten():
+    importance, weight = Importance(second_moment(36)), sample_weight(24, 36, torch.float64)
+    menu = [s for terms in (1, 2, 3) for s in Kronecker(terms=terms, small="both").menu(24, 36)]
+    alone = Kronecker().analyse_for(weight, importance).squared_errors(menu)
+    energy = importance.squared_norm(weight)
+    found = {}
+    for rival in (0.0, energy):
+        analysis = Kronecker().analyse_for(weight, importance)
+        found[rival] = analysis.squared_errors_beside(menu, [rival] * len(menu))
+        for structure, price in list(zip(menu, found[rival], strict=True))[::7]:
+            lost = importance.squared_norm(weight - structure.dense(analysis.factors(structure)))
+            assert lost <= price + 1e-5 * energy
+    assert sum(found[0.0]) > sum(found[energy])  # the starts alone
+    assert min(found[energy]) == pytest.approx(min(alone), rel=0.02)
+
+
+def test_large_normal_equations_are_left_out_beside_rivals(monkeypatch):
+    monkeypatch.setattr(kron_weighted, "MAX_SIDE", 24)
+    importance, weight = Importance(second_moment(36)), sample_weight(24, 36, torch.float64)
+    menu = [KroneckerSum(24, 36, (4, 1), (6, 36), 2), KroneckerSum(24, 36, (2, 2), (12, 18), 2), STRUCTURES[0]]
+    analysis = Kronecker().analyse_for(weight, importance)
+    prices = analysis.squared_errors_beside(menu, [math.inf] * 3)
+    assert [math.isfinite(price) for price in prices] == [True, False, True]  # sides: a closed form, 36, 12
+    assert all(map(math.isfinite, analysis.squared_errors(menu)))
