@@ -28,6 +28,7 @@ class CorpusDistill(Experiment):
         part: `model`: the ratio is that of the whole model; `encoder`: only the encoder is compressed and trained, and
             the ratio is its own.
         calibration: fit to what the layers see on so many of the texts; 0: to the weights alone.
+        budget: structures that are fitted to texts are chosen by errors of the layers' `outputs`, or of `weights`.
         fit: `robust`: expecting inputs to be off; `even-words`: all words count alike; both with a calibration.
         model: `minilm`, or a random one.
         texts: `data`: the folder `text` in that of --data; `own`: the sentences of the benchmarks.
@@ -42,7 +43,7 @@ class CorpusDistill(Experiment):
     """
 
     kind: ClassVar[str] = "corpus-distill"
-    later: ClassVar[tuple[str, ...]] = ("rules", "fit", "device")
+    later: ClassVar[tuple[str, ...]] = ("rules", "fit", "device", "budget")
 
     method: str
     ratio: float
@@ -66,6 +67,7 @@ class CorpusDistill(Experiment):
     rules: tuple[str, ...] = ()
     fit: str = "weighted"
     device: str = "cpu"
+    budget: str = "outputs"
 
     def run(self, data: Path | None) -> Outcome:
         with TemporaryDirectory() as work:
@@ -121,6 +123,8 @@ class CorpusDistill(Experiment):
 
         if self.fit not in FITS or (self.fit != FITS[0] and not self.calibration):
             raise SuiteError(f"{self.kind}: fit is {' or '.join(FITS)}, with a calibration; got {self.fit!r}")
+        if self.budget not in ("outputs", "weights"):
+            raise SuiteError(f"{self.kind}: budget is outputs or weights, got {self.budget!r}")
         if self.part not in ("model", "encoder") or (self.method, self.part) == (SMALL, "encoder"):
             raise SuiteError(f"{self.kind}: part is model or encoder, and model for {SMALL}; got {self.part!r}")
         params_before = sum(p.numel() for p in dense.parameters())
@@ -133,14 +137,18 @@ class CorpusDistill(Experiment):
         seen = None if not self.calibration else calibrate(dense, rows, samples=self.calibration, seed=self.seed)
         if seen is not None and self.fit == "even-words":
             seen = seen.with_even_words()
-        how = {"rules": [rule(text) for text in self.rules], "calibration": seen, "robust": self.fit == "robust"}
-        if self.part == "model":
-            report = compresskit.compress(student, method, ratio=self.ratio, **how)
-        else:
+        rules = [rule(text) for text in self.rules]
+        size: dict[str, Any] = {"ratio": self.ratio}
+        if self.part == "encoder":
             body = sum(p.numel() for p in student.encoder.parameters())
-            params = int(params_before - body + body / self.ratio)
-            report = compresskit.compress(student, method, params=params, include="encoder.*", **how)
+            size = {"params": int(params_before - body + body / self.ratio), "include": "encoder.*"}
             student.embeddings.requires_grad_(False)
+        how = {"calibration": seen, "robust": self.fit == "robust"}
+        if self.budget == "weights":
+            planned = compresskit.plan(student, method, rules=rules, **size)
+            report = compresskit.apply(student, planned, **how)
+        else:
+            report = compresskit.compress(student, method, rules=rules, **size, **how)
         said = report.to_json()
         return student, {name: said[name] for name in REPORTED}
 
@@ -185,6 +193,6 @@ class CorpusDistill(Experiment):
 def _fitted_to(configuration: Mapping[str, Any]) -> str:
     if not configuration["calibration"]:
         return "weights"
-    return ", ".join(
-        [f"{configuration['calibration']} texts", *([configuration["fit"]] if "fit" in configuration else [])]
-    )
+    said = [f"{configuration['calibration']} texts", configuration.get("fit")]
+    said += [f"budget by {configuration['budget']}" if "budget" in configuration else None]
+    return ", ".join(filter(None, said))

@@ -36,6 +36,9 @@ class ShapeRule:
     optional: bool = False
 
 
+BUDGETS = ("outputs", "weights")
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Plain:
     """The fields of `Compressed` that are numbers and texts."""
@@ -47,10 +50,13 @@ class _Plain:
     allow_slower: bool = False
     calibration: int = 0
     even_words: bool = False
+    budget: str = BUDGETS[0]
 
     def __post_init__(self) -> None:
         if self.calibration < 0:
             raise OptionError(f"calibration is {self.calibration} texts; 0 or more are expected")
+        if self.budget not in BUDGETS:
+            raise OptionError(f"budget is {self.budget!r}; {' or '.join(BUDGETS)} is expected")
 
 
 @final
@@ -66,8 +72,10 @@ class Compressed(_Plain):
         ratio: asked for unless the caller does.
         rank_hidden_size: ranks in `rules` are for a model of this hidden size; others scale in proportion.
         allow_slower: with a ratio: permit structures that are expected to run slower than dense; rules always do.
-        calibration: fit, and with a ratio choose, for what the layers see on so many texts of the corpus, or without
-            one of the task's training data; 0: for the weights alone.
+        calibration: fit for what the layers see on so many texts of the corpus, or without one of the task's training
+            data; 0: for the weights alone.
+        budget: with a ratio and a calibration: choose structures by the errors of the layers' `outputs`, the best start, or
+            by those of the `weights`, which is better where training follows at a high ratio.
         even_words: in that all words count alike, not as often as the texts have them.
     """
 

@@ -58,7 +58,8 @@ def student_maker(
         ratio = student.ratio
     if isinstance(student, Compressed):
         seen = calibrate(model)
-        made = compression_plan(preset, model, ratio=ratio, params=params, calibration=seen, on_progress=on_progress)
+        weighed = seen if student.budget == "outputs" else None
+        made = compression_plan(preset, model, ratio=ratio, params=params, calibration=weighed, on_progress=on_progress)
         provenance = {"preset": preset.title}
 
         def make(like: Model) -> Model:
