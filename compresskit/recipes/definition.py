@@ -74,8 +74,8 @@ class Compressed(_Plain):
         allow_slower: with a ratio: permit structures that are expected to run slower than dense; rules always do.
         calibration: fit for what the layers see on so many texts of the corpus, or without one of the task's training
             data; 0: for the weights alone.
-        budget: with a ratio and a calibration: choose structures by the errors of the layers' `outputs`, for the best start,
-            or by those of the `weights`, which ends better where training follows at a high ratio.
+        budget: with a ratio and a calibration: choose structures by the errors of the layers' `outputs`, for the best
+            start, or by those of the `weights`, which ends better where training follows at a high ratio.
         even_words: in that all words count alike, not as often as the texts have them.
     """
 
