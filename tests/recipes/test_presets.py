@@ -152,6 +152,11 @@ def test_an_unknown_preset_names_the_nearest(name, error, match):
         ('method = "svd"', "", r"my\.toml: compress has neither rules nor a method"),
         ("[compress]", "[smaller]\n[compress]", r"one table \[compress\] or \[smaller\], this one has 2"),
         ("calibration = 0", "calibration = -1", r"my\.toml: compress: calibration is -1 texts; 0 or more are expected"),
+        (
+            "uniform = true",
+            'budget = "texts"',
+            r"my\.toml: compress: budget is 'texts'; outputs or weights is expected",
+        ),
         ('method = "svd"', 'method = "svd"\nmethods = "svd"', r"my\.toml: compress\.methods is a table, not 'svd'"),
         ("uniform = true", "uniform = 3", r"my\.toml: compress: option 'uniform' takes true or false, got '3'"),
         ("[compress]", "[compress", r"my\.toml is not TOML: .*line"),
@@ -201,6 +206,26 @@ def test_some_layers_get_another_method():
     edited = recipes.preset("kronecker-svd-kd").with_values({"compress.methods": {"*embeddings*": "svdd"}})
     with pytest.raises(UnknownNameError, match="'svdd'; did you mean 'svd'"):
         recipes.compression_plan(edited, model, ratio=2)
+
+
+def test_a_budget_by_weights_is_that_without_texts_and_the_fits_are_to_texts():
+    torch.manual_seed(0)
+    model = transformers.BertModel(config())
+    ids = torch.randint(config().vocab_size, (16, 12))
+    moments = compresskit.calibrate(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
+    asked = recipes.preset("svd-kd").with_values({"compress.uniform": "false"})
+    plain = {p.site.name: p.structure for p in recipes.compression_plan(asked, model, ratio=2).sites}
+    found = {}
+    for budget in ("outputs", "weights"):
+        chosen = asked.with_values({"compress.budget": budget})
+        student = recipes.student_maker(chosen, model, ratio=2, calibrate=lambda dense: moments)(model)
+        found[budget] = {name: entry.structure for name, entry in compresskit.layout_of(student).items()}
+        layer = student.encoder.layer[0].attention.self.query
+        best = compresskit.SVD(rank=layer.structure.rank).fit(
+            model.encoder.layer[0].attention.self.query.weight.detach()
+        )
+        assert not torch.allclose(layer.rebuilt_weight(), best.dense(), atol=1e-4)
+    assert found["weights"] == plain != found["outputs"]
 
 
 def test_one_student_under_two_heads_has_the_same_encoder_structures():
