@@ -44,11 +44,12 @@ def distilled_row(result):
     part = {"model": "whole model", "encoder": "encoder alone"}[configuration["part"]]
     scores = [figures[when]["sts_b"] for when in ("before", "after")]
     rules = "".join(f", {rule}" for rule in configuration.get("rules", ()))
-    robust = ", robust" if "fit" in configuration else ""
+    more = f", {configuration['fit']}" if "fit" in configuration else ""
+    more += f", budget by {configuration['budget']}" if "budget" in configuration else ""
     projected = figures["training"]["projection_params"] > 0  # its states have another size
     cells = [
         f"{part}, {configuration['ratio']:g}",
-        configuration["method"] + rules + (", data-aware" if configuration["calibration"] else "") + robust,
+        configuration["method"] + rules + (", data-aware" if configuration["calibration"] else "") + more,
         f"{figures['report']['params_after']:,}",
         f"{figures['training']['steps']:,}",
         *(f"{score:.3f}" for score in scores),
