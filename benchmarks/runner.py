@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -169,11 +170,16 @@ class _Forked:
     """
 
     def __init__(self, threads: int) -> None:
-        os.environ.update(
-            _environment(threads), PYTORCH_NVML_BASED_CUDA_CHECK="1"
-        )  # a fork cannot use CUDA a second time
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(PRELOADED))
+        ours = dict(os.environ)
+        # it keeps the environment that it finds now; a fork cannot use CUDA a second time
+        os.environ.update(_environment(threads), PYTORCH_NVML_BASED_CUDA_CHECK="1")
+        try:
+            forkserver.ensure_running()
+        finally:
+            os.environ.clear()
+            os.environ.update(ours)
 
     def __call__(self, request: Mapping[str, Any], answer: Path, threads: int) -> int:
         process = self._context.Process(target=_answer, args=(dict(request), answer, threads))

@@ -13,6 +13,7 @@ from benchmarks.options import pairs, rule
 
 SMALL = "small-dense"
 FITS = ("weighted", "robust", "even-words")
+BUDGETS = ("outputs", "weights")
 
 
 @final
@@ -121,10 +122,10 @@ class CorpusDistill(Experiment):
         import compresskit
         from compresskit.calibration import calibrate
 
-        if self.fit not in FITS or (self.fit != FITS[0] and not self.calibration):
-            raise SuiteError(f"{self.kind}: fit is {' or '.join(FITS)}, with a calibration; got {self.fit!r}")
-        if self.budget not in ("outputs", "weights"):
-            raise SuiteError(f"{self.kind}: budget is outputs or weights, got {self.budget!r}")
+        for name, known in (("fit", FITS), ("budget", BUDGETS)):
+            value = getattr(self, name)
+            if value not in known or (value != known[0] and not self.calibration):
+                raise SuiteError(f"{self.kind}: {name} is {' or '.join(known)}, with a calibration; got {value!r}")
         if self.part not in ("model", "encoder") or (self.method, self.part) == (SMALL, "encoder"):
             raise SuiteError(f"{self.kind}: part is model or encoder, and model for {SMALL}; got {self.part!r}")
         params_before = sum(p.numel() for p in dense.parameters())

@@ -139,6 +139,15 @@ def _wide_products(
     return tiles
 
 
+@triton.jit
+def _place(n, width, BT: tl.constexpr, BM: tl.constexpr):
+    """This program's block of columns, its tokens (BT, 1), its columns (BM,), and which of the n tokens there are."""
+    blocks = tl.cdiv(width, BM)
+    block = tl.program_id(0) % blocks
+    t = ((tl.program_id(0) // blocks).to(tl.int64) * BT + tl.arange(0, BT))[:, None]
+    return block, t, block * BM + tl.arange(0, BM), t < n
+
+
 @triton.jit(do_not_specialize=["n"])
 def wide_first(
     x, small, wide, bias, y, n, r_units, s_units,
@@ -148,12 +157,8 @@ def wide_first(
 ):  # fmt: skip
     """y = x @ W.T + bias: products by the wide factor, mixed in the epilogue. Holds q tiles, and p more if K > 1."""
     r, s = r_units * R_UNIT, s_units * S_UNIT
-    blocks = tl.cdiv(r, BM)
-    block = tl.program_id(0) % blocks
-    t = (tl.program_id(0) // blocks).to(tl.int64) * BT + tl.arange(0, BT)
-    m = block * BM + tl.arange(0, BM)
-    inside = (t < n)[:, None]
-    x_rows, y_rows = t[:, None] * (Q * s), t[:, None] * (P * r)
+    block, t, m, inside = _place(n, r, BT, BM)
+    x_rows, y_rows = t * (Q * s), t * (P * r)
     if K == 1 and SMALL_LEFT:  # each row is stored before the next one is mixed
         tiles = _wide_products(x, wide, 0, x_rows, m, inside, r, s, Q, K, STORED, SMALL_LEFT, BT, BM, BL, PRECISION)
         for i in tl.static_range(P):
@@ -179,12 +184,8 @@ def mix_first(
 ):  # fmt: skip
     """y = x @ W.T + bias: x is mixed in the prologue, then multiplied by the wide factor. Holds p tiles."""
     r, s = r_units * R_UNIT, s_units * S_UNIT
-    blocks = tl.cdiv(r, BM)
-    block = tl.program_id(0) % blocks
-    t = (tl.program_id(0) // blocks).to(tl.int64) * BT + tl.arange(0, BT)
-    m = block * BM + tl.arange(0, BM)
-    inside = (t < n)[:, None]
-    x_rows, y_rows = t[:, None] * (Q * s), t[:, None] * (P * r)
+    block, t, m, inside = _place(n, r, BT, BM)
+    x_rows, y_rows = t * (Q * s), t * (P * r)
     totals = _zeros(P, BT, BM)
     for start in range(0, s, BL):
         grid = _grid(x, x_rows, start, inside, s, Q, SMALL_LEFT, BT, BL)
@@ -206,17 +207,14 @@ def mix(
 ):  # fmt: skip
     """y = left (OUTS, INS) @ z + bias for n grids z (INS, width) -> y (OUTS, width): one pass over memory."""
     width = units * UNIT
-    blocks = tl.cdiv(width, BM)
-    t = (tl.program_id(0) // blocks).to(tl.int64) * BT + tl.arange(0, BT)
-    m = (tl.program_id(0) % blocks) * BM + tl.arange(0, BM)
-    inside = (t < n)[:, None]
-    rows = t[:, None] * (INS * width)
+    _, t, m, inside = _place(n, width, BT, BM)
+    rows = t * (INS * width)
     tiles = ()
     for j in tl.static_range(INS):
         tiles += (_grid_row(z, rows, j, m, inside, width, INS, True),)
     for i in tl.static_range(OUTS):
         tile = _add_mixed(tl.zeros((BT, BM), tl.float32), tiles, i, 0, left, OUTS, INS, 1, True)
-        _store(y, bias, tile, i, t[:, None] * (OUTS * width), m, inside, width, OUTS, True, HAS_BIAS)
+        _store(y, bias, tile, i, t * (OUTS * width), m, inside, width, OUTS, True, HAS_BIAS)
 
 
 _compiled: dict[tuple[Any, ...], Any] = {}
