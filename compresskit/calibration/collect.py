@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from compresskit.calibration.masks import Masks
 from compresskit.calibration.moments import Use
+from compresskit.core.folding import HALVED_SIZE
 from compresskit.errors import CalibrationError
 from compresskit.surgery.sites import Site
 
 BYTES = 4
+STRIPS = 8
+"""Of a second moment: 9/16 of it are multiplied."""
 
 
 @final
@@ -37,14 +40,29 @@ class Sums:
         Raises:
             FloatingPointError: NaN, infinity, or values whose squares are.
         """
-        first = x.sum(0, dtype=torch.float64)
-        product = x.T @ x if self.second.dim() == 2 else x.square().sum(0)
-        trace = product.diagonal().sum() if product.dim() == 2 else product.sum()
-        if not bool(torch.isfinite(first).all() & torch.isfinite(trace)):
+        first, squares = x.sum(0, dtype=torch.float64), x.square().sum(0)
+        if not bool(torch.isfinite(first).all() & torch.isfinite(squares.sum())):
             raise FloatingPointError
-        self.second += product
+        if self.second.dim() == 2:
+            self._add_products(x)
+        else:
+            self.second += squares
         self.first += first
         self.tokens += len(x)
+
+    def _add_products(self, x: Tensor) -> None:
+        """Add x^T x in strips, each from the diagonal on: little more than half of it is multiplied."""
+        width = len(self.second)
+        step = -(-width // (STRIPS if width >= HALVED_SIZE else 1))
+        for start in range(0, width, step):
+            strip = slice(start, start + step)
+            self.second[strip, start:].addmm_(x[:, strip].T, x[:, start:])
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Mean of x x^T (or of x^2) and of x, on the CPU."""
+        count = max(self.tokens, 1)
+        second = self.second if self.second.dim() == 1 else self.second.triu() + self.second.triu(1).T
+        return (second / count).cpu(), (self.first / count).float().cpu()
 
 
 @final
@@ -202,8 +220,8 @@ class Collector:
 
     def uses(self) -> dict[str, Use]:
         """What was seen, on the CPU, for each module that was reached; frees the sums."""
-        inputs = {name: _means(sums) for name, sums in self._inputs.items()}
-        outputs = {name: _means(sums)[0] for name, sums in self._outputs.items() if sums.tokens}
+        inputs = {name: sums.means() for name, sums in self._inputs.items()}
+        outputs = {name: sums.means()[0] for name, sums in self._outputs.items() if sums.tokens}
         tokens = {name: sums.tokens for name, sums in self._inputs.items()}
         self._inputs.clear()
         self._outputs.clear()
@@ -221,10 +239,6 @@ class Collector:
                 kind = site.kinds[site.names.index(name)]
                 uses[name] = Use(kind, site.rows, site.cols, tokens[leader], second, mean, None, outputs.get(name))
         return uses
-
-
-def _means(sums: Sums) -> tuple[Tensor, Tensor]:
-    return (sums.second / max(sums.tokens, 1)).cpu(), (sums.first / max(sums.tokens, 1)).float().cpu()
 
 
 def _first_argument(

@@ -25,6 +25,8 @@ SHORT_ROUNDS = 5
 what a fit gains, minus the logarithm of the share that is left, was then 0.72 to 0.81 of that after FULL_ROUNDS at a
 tenth of the highest rank, 0.45 to 0.65 at a quarter, 0.35 to 0.57 at half. Without weights of inputs, as in embeddings,
 it was 0.23 to 0.35: too little to tell."""
+LOW = 0.25
+"""Up to this share of the highest rank the last short round hardly ever pays, and is left out."""
 FULL_ROUNDS = 15
 GROWTH, GROWTH_POWER = 2.4, 0.3
 """What is gained after FULL_ROUNDS / after SHORT_ROUNDS is expected to be GROWTH * (rank / highest) ** GROWTH_POWER, at
@@ -64,7 +66,8 @@ class Gains:
 
     def _gain(self, rank: int) -> float:
         """Minus the logarithm of the share that is expected to be left at an anchor."""
-        rounds = min(self.rounds, SHORT_ROUNDS) if self.short else self.rounds
+        short = SHORT_ROUNDS - 1 if rank <= LOW * self.top else SHORT_ROUNDS
+        rounds = min(self.rounds, short) if self.short else self.rounds
         gain = max(-log(max(self.at(rank, rounds), LEAST_GAIN)), LEAST_GAIN)
         growth: float = max(GROWTH * (rank / self.top) ** GROWTH_POWER, 1.0)
         return gain * (1 + (growth - 1) * min((self.rounds - rounds) / (FULL_ROUNDS - SHORT_ROUNDS), 1.0))

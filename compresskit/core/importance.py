@@ -53,7 +53,7 @@ class Importance:
     mean: Tensor | None = None
     ridge: float = RIDGE
     noise: float = 0.0
-    _metrics: "dict[torch.device, Metric] | None" = field(default=None, init=False, repr=False)
+    _memory: "_Memory | None" = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, moment in (("cols", self.cols), ("rows", self.rows)):
@@ -121,30 +121,39 @@ class Importance:
     def remembering(self) -> "Importance":
         """The same, for several fits of one weight: it keeps its metric until `forget`."""
         copy = replace(self)
-        object.__setattr__(copy, "_metrics", {})
+        object.__setattr__(copy, "_memory", _Memory())
         return copy
 
     def forget(self) -> None:
         """Give up what `remembering` keeps; it is computed again where it is needed."""
-        if self._metrics is not None:
-            self._metrics.clear()
+        if self._memory is not None:
+            self._memory.metrics.clear()
 
     def metric(self, like: Tensor) -> "Metric":
         """What fits work with, in float64 on the device of `like`; see Metric."""
-        if self._metrics is None:
-            return self._metric(like)
-        if like.device not in self._metrics:
-            self._metrics[like.device] = self._metric(like)
-        return self._metrics[like.device]
+        if self._memory is None:
+            return self._metric(like, set())
+        if like.device not in self._memory.metrics:
+            self._memory.metrics[like.device] = self._metric(like, self._memory.sound)
+        return self._memory.metrics[like.device]
 
-    def _metric(self, like: Tensor) -> "Metric":
-        rows, row_scale = _damped(self.rows, self.ridge, like.device)
-        cols, col_scale = _damped(self.cols, self.ridge + self.noise, like.device)
+    def _metric(self, like: Tensor, sound: set[str]) -> "Metric":
+        rows, row_scale = _damped(self.rows, self.ridge, like.device, "rows", sound)
+        cols, col_scale = _damped(self.cols, self.ridge + self.noise, like.device, "cols", sound)
         return Metric(rows, cols, row_scale * col_scale)
 
     def row_metric(self, like: Tensor) -> "Moment":
         """R of `metric` alone."""
-        return _damped(self.rows, self.ridge, like.device)[0]
+        return _damped(self.rows, self.ridge, like.device, "rows", set())[0]
+
+
+@final
+class _Memory:
+    """What a remembering importance keeps: its metrics, and which of its moments are positive definite once damped."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[torch.device, Metric] = {}
+        self.sound: set[str] = set()
 
 
 @final
@@ -162,6 +171,11 @@ class Moment:
     @property
     def is_identity(self) -> bool:
         return self.values is None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is neither the identity nor another diagonal."""
+        return self.values is not None and self.values.dim() == 2
 
     def dense(self, n: int, *, like: Tensor) -> Tensor:
         """The matrix (n, n), with the dtype and on the device of `like`."""
@@ -187,9 +201,18 @@ class Moment:
         return self.values[part, None] * matrix[part] if self.values.dim() == 1 else self.values[part] @ matrix
 
     @cached_property
-    def _eigen(self) -> tuple[Tensor, Tensor]:
+    def eigen(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues, the largest last, and eigenvectors of a full one."""
         assert self.values is not None
         return _eigen(self.values)
+
+    def factor(self) -> Tensor:
+        """F (n, n) with F F^T = self, a full one; a Cholesky factor takes a tenth of the time of the root."""
+        assert self.values is not None
+        factor, info = torch.linalg.cholesky_ex(self.values)
+        root = self.root().values if int(info) else factor
+        assert root is not None
+        return root
 
     def root(self) -> "Moment":
         """The symmetric square root."""
@@ -204,7 +227,7 @@ class Moment:
             return self
         if self.values.dim() == 1:
             return Moment(_powers(self.values, exponent))
-        values, vectors = self._eigen
+        values, vectors = self.eigen
         return Moment(vectors * _powers(values, exponent) @ vectors.T)
 
 
@@ -220,6 +243,22 @@ class Metric:
     rows: Moment
     cols: Moment
     scale: float
+    _known: "dict[int, tuple[Tensor, Tensor]]" = field(default_factory=dict, init=False, repr=False)
+    _grams: "dict[int, tuple[Tensor, Moment]]" = field(default_factory=dict, init=False, repr=False)
+
+    def answers(self, weight: Tensor) -> Tensor:
+        """W cols (rows, cols) in float64; computed once for a weight, and kept with this metric."""
+        if self.cols.is_identity:
+            return weight.double()
+        if id(weight) not in self._known:
+            self._known[id(weight)] = weight, self.cols.after(weight.double())
+        return self._known[id(weight)][1]
+
+    def gram(self, weight: Tensor) -> Moment:
+        """W cols W^T (rows, rows), likewise, with its eigenvalues once they are asked for."""
+        if id(weight) not in self._grams:
+            self._grams[id(weight)] = weight, Moment(self.answers(weight) @ weight.double().T)
+        return self._grams[id(weight)][1]
 
     def squared_norm(self, difference: Tensor) -> float:
         """scale * tr(rows D cols D^T)."""
@@ -243,8 +282,14 @@ def _powers(values: Tensor, exponent: float) -> Tensor:
     return torch.where(values > floor, values.clamp_min(floor or 1.0).pow(exponent), 0.0)
 
 
-def _damped(values: Tensor | None, ridge: float, device: torch.device) -> tuple[Moment, float]:
-    """A moment of mean 1 on its diagonal, plus the ridge, and what it was divided by."""
+def _damped(
+    values: Tensor | None, ridge: float, device: torch.device, name: str, sound: set[str]
+) -> tuple[Moment, float]:
+    """A moment of mean 1 on its diagonal, plus the ridge, and what it was divided by.
+
+    Args:
+        sound: names of those that need no check; adds this one if it turns out so.
+    """
     if values is None:
         return Moment(None), 1.0
     wide = values.detach().to(device, torch.float64)
@@ -255,9 +300,13 @@ def _damped(values: Tensor | None, ridge: float, device: torch.device) -> tuple[
         return Moment(wide / scale + ridge), scale
     damped = (wide + wide.T) / (2 * scale)
     damped.diagonal().add_(ridge)
+    if name in sound:
+        return Moment(damped), scale
     if int(torch.linalg.cholesky_ex(damped).info):  # float32 sums leave eigenvalues below zero by more than the ridge
         values, vectors = _eigen(damped)
         damped = vectors * values.clamp_min(ridge) @ vectors.T
+    else:
+        sound.add(name)
     return Moment(damped), scale
 
 

@@ -115,8 +115,7 @@ class WeightedSums:
     def _problem(self, metric: Metric, *, reduced: bool) -> _Problem:
         """In float64; made for each call, since it takes several times the memory of the weight."""
         if not reduced:
-            weight = self._weight.double()
-            return _Problem(weight, metric.cols.after(weight), metric)
+            return _Problem(self._weight.double(), metric.answers(self._weight), metric)
         if metric.rows.values is not None and metric.rows.values.dim() == 2:
             weight = self._weight.double()
             energies = weight.T @ metric.rows.before(weight)

@@ -14,7 +14,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from compresskit.core.importance import Metric, Moment
+from compresskit.core.importance import Metric
 
 PROXIMAL = 1e-9
 """Weight of the distance from the last iterate, as a share of the mean diagonal of the normal equations."""
@@ -46,7 +46,7 @@ class FoldedTucker:
         self._weight = weight.double()
         self._modes = modes
         self._rows = metric.rows
-        self._whitened = _whitened(self._weight, metric.cols)  # S (n1 * n2, k)
+        self._whitened = _whitened(weight, metric)  # S (n1 * n2, k)
         self._weighed = metric.rows.before(self._whitened)  # R S
         self._energy = float((self._whitened * self._weighed).sum())
         self._known: dict[Pair, tuple[Bases, ...]] = {}
@@ -163,11 +163,12 @@ class FoldedTucker:
         return _near(normal, target.reshape(-1, 1), start.reshape(-1, 1)).view(n, r)
 
 
-def _whitened(weight: Tensor, cols: Moment) -> Tensor:
-    """S with S S^T = W C W^T and no more columns than needed."""
+def _whitened(weight: Tensor, metric: Metric) -> Tensor:
+    """S with S S^T = W C W^T and no more columns than needed, in float64."""
     if weight.shape[0] < weight.shape[1]:
-        return Moment(cols.after(weight) @ weight.T).root().dense(len(weight), like=weight)
-    return cols.root().after(weight)
+        return metric.gram(weight).root().dense(len(weight), like=weight.double())
+    wide = weight.double()
+    return wide @ metric.cols.factor() if metric.cols.is_full else metric.cols.root().after(wide)
 
 
 def _down(bases: "Bases | TuckerState", matrix: Tensor) -> Tensor:

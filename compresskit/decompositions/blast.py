@@ -287,6 +287,7 @@ class _BlastAnalysis(Analysis):
         self._rounds = rounds
         self._measured: dict[BlastBlocks, float] = {}
         self._promised: dict[BlastBlocks, float] = {}
+        self._lows: list[float] = []
         self._problems: dict[Pair, BlockFit] = {}
 
     @cached_property
@@ -308,9 +309,16 @@ class _BlastAnalysis(Analysis):
 
     def squared_errors(self, structures: Sequence[Structure]) -> list[float]:
         blasts = [structure for structure in structures if isinstance(structure, BlastBlocks)]
-        lows = self._start.squared_errors([LowRank(s.rows, s.cols, s.rank) for s in blasts])
-        self._promised.update((s, low * self._left(s)) for s, low in zip(blasts, lows, strict=True))
+        self._promised.update((s, self._low(s) * self._left(s)) for s in blasts)
         return [self._promised[structure] * self._scale**2 for structure in blasts]
+
+    def _low(self, structure: BlastBlocks) -> float:
+        """Squared error of the SVD of the same rank; those of all ranks are asked for at once, and kept."""
+        if structure.rank > len(self._lows):
+            rows, cols, rank = structure.rows, structure.cols, structure.rank
+            top = max(rank, _top(rows, cols, structure.blocks))
+            self._lows = self._start.squared_errors([LowRank(rows, cols, i + 1) for i in range(top)])
+        return self._lows[structure.rank - 1]
 
     def _left(self, structure: BlastBlocks) -> float:
         """Squared error / that of the SVD of this rank, as expected."""
@@ -325,7 +333,7 @@ class _BlastAnalysis(Analysis):
     def _left_after(self, structure: BlastBlocks, rounds: int) -> float:
         """The same after so many rounds, from a fit of this very rank."""
         if structure not in self._measured:
-            low = self._start.squared_errors([LowRank(structure.rows, structure.cols, structure.rank)])[0]
+            low = self._low(structure)
             error = self._problem(structure.blocks).error(self._first(structure), rounds)
             self._measured[structure] = min(error * self._unit / low, 1.0) if low > 0 else 1.0
         return self._measured[structure]

@@ -255,7 +255,7 @@ class Kronecker(Decomposition):
     small: Literal["left", "right", "both"] = "left"
     left: tuple[int, int] | None = None
     right: tuple[int, int] | None = None
-    rounds: int = 25
+    rounds: int = 15
 
     def __post_init__(self) -> None:
         if self.terms < 1:

@@ -245,11 +245,16 @@ def _ranks(top: int) -> Iterable[int]:
 
 @final
 class _MonarchAnalysis(Analysis):
-    """Triples of each block's SVD in its metric, in float64; suffix sums of their inner products price all ranks."""
+    """Triples of each block's SVD in its metric; suffix sums of their inner products price all ranks.
+
+    In float64 for fits; in the weight's own dtype for prices, which are exact for whatever triples.
+    """
 
     def __init__(self, weight: Tensor, metric: Metric | None) -> None:
         self._weight = weight
         self._metric = metric
+        self._cast: dict[torch.dtype, tuple[Moment, Moment]] = {}
+        self._small: dict[int, _MonarchAnalysis] = {}  # by p, what stands for a tall weight
         self._errors: dict[Pair, list[float]] = {}  # of rank 0, 1, ...
 
     def squared_errors(self, structures: Sequence[Structure]) -> list[float]:
@@ -259,6 +264,8 @@ class _MonarchAnalysis(Analysis):
             if structure.blocks not in self._errors:
                 self._errors[structure.blocks] = self._all_errors(structure.blocks)
             found.append(self._errors[structure.blocks][structure.rank])
+        self._cast.clear()
+        self._small.clear()
         return found
 
     def factors(self, structure: Structure) -> dict[str, Tensor]:
@@ -270,10 +277,20 @@ class _MonarchAnalysis(Analysis):
         left, right = left * scale[..., None, :], right / scale[..., None]
         return structure.pack(left.to(self._weight.dtype), right.to(self._weight.dtype))
 
-    def _cut(self, blocks: Pair) -> Tensor:
-        """(p, q, m, n) in float64."""
+    def _cut(self, blocks: Pair, dtype: torch.dtype = torch.float64) -> Tensor:
+        """(p, q, m, n)."""
         (p, q), (rows, cols) = blocks, self._weight.shape
-        return self._weight.reshape(p, rows // p, q, cols // q).transpose(1, 2).double()
+        return self._weight.reshape(p, rows // p, q, cols // q).transpose(1, 2).to(dtype)
+
+    def _moments(self, dtype: torch.dtype) -> tuple[Moment, Moment]:
+        """R and C."""
+        if self._metric is None:
+            return Moment(None), Moment(None)
+        if dtype not in self._cast:
+            like = self._weight.new_empty(0, dtype=dtype)
+            rows, cols = (Moment.of(moment.values, like=like) for moment in (self._metric.rows, self._metric.cols))
+            self._cast[dtype] = rows, cols
+        return self._cast[dtype]
 
     def _all_errors(self, blocks: Pair) -> list[float]:
         if self._metric is None:
@@ -284,61 +301,50 @@ class _MonarchAnalysis(Analysis):
         rows, cols = self._weight.shape
         if rows > blocks[0] * cols and (self._metric.rows.values is None or self._metric.rows.values.dim() == 1):
             return self._tall_errors(blocks)
-        left, right = (part.to(self._weight.dtype) for part in self._triples(blocks))
-        r, c = (Moment.of(moment.values, like=self._weight) for moment in (self._metric.rows, self._metric.cols))
+        left, right = self._triples(blocks, self._weight.dtype)
+        r, c = self._moments(self._weight.dtype)
         products = _coupled(left, right, r, c).double()  # (k, k); those of small components are small themselves
         tails = products.flip(0, 1).cumsum(0).cumsum(1).diagonal().clamp_min(0) * self._metric.scale
         return [*tails.flip(0).tolist(), 0.0]
 
     def _tall_errors(self, blocks: Pair) -> list[float]:
         """The same where independent rows outnumber the columns: all that matters of a block W is W^T R W."""
-        metric = self._metric
-        assert metric is not None
-        p, cols = blocks[0], self._weight.shape[1]
-        scaled = Moment.of(metric.rows.root().values, like=self._weight).before(self._weight)
-        grams = (gram(part) for part in scaled.chunk(p))
-        roots = torch.cat([Moment(part).root().dense(cols, like=part) for part in grams])
-        return _MonarchAnalysis(roots, Metric(Moment(None), metric.cols, metric.scale))._all_errors(blocks)
+        assert self._metric is not None
+        p = blocks[0]
+        if p not in self._small:
+            scaled = Moment.of(self._metric.rows.root().values, like=self._weight).before(self._weight)
+            roots = torch.cat([Moment(gram(part)).factor().T for part in scaled.chunk(p)])
+            metric = Metric(Moment(None), self._metric.cols, self._metric.scale)
+            self._small[p] = _MonarchAnalysis(roots.to(self._weight.dtype), metric)
+        return self._small[p]._all_errors(blocks)
 
-    def _triples(self, blocks: Pair) -> tuple[Tensor, Tensor]:
+    def _triples(self, blocks: Pair, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         """left (p, q, m, k) and right (p, q, k, n), leading first: their product of all k is the weight."""
-        grid = self._cut(blocks)
-        (p, q, m, n), metric = grid.shape, self._metric
-        rows = [None] * p if metric is None else [_own(metric.rows, i, m) for i in range(p)]
-        cols = [None] * q if metric is None else [_own(metric.cols, j, n) for j in range(q)]
+        grid = self._cut(blocks, dtype)
+        (p, q, m, n), (r, c) = grid.shape, self._moments(dtype)
+        rows, cols = [_own(r, i, m) for i in range(p)], [_own(c, j, n) for j in range(q)]
         pairs = [[_leading(grid[i, j], rows[i], cols[j]) for j in range(q)] for i in range(p)]
         left, right = (torch.stack([torch.stack([pair[side] for pair in row]) for row in pairs]) for side in (0, 1))
         return left, right
 
 
-def _own(moment: Moment, index: int, size: int) -> Moment | None:
+def _own(moment: Moment, index: int, size: int) -> Moment:
     """What a moment says of one block alone."""
     if moment.values is None:
-        return None
+        return moment
     part = slice(index * size, (index + 1) * size)
     return Moment(moment.values[part] if moment.values.dim() == 1 else moment.values[part, part])
 
 
-def _leading(block: Tensor, rows: Moment | None, cols: Moment | None) -> tuple[Tensor, Tensor]:
+def _leading(block: Tensor, rows: Moment, cols: Moment) -> tuple[Tensor, Tensor]:
     """left (m, k), right (k, n): their first r are the nearest of rank r in the metric, all of them are the block."""
-    rows, cols = rows or Moment(None), cols or Moment(None)
     scaled = rows.root().before(block)
     if block.shape[0] <= block.shape[1]:
         basis = torch.linalg.eigh(cols.after(scaled) @ scaled.T).eigenvectors.flip(-1)
     else:
-        whitened = _whitened(scaled, cols)
+        whitened = scaled @ cols.factor() if cols.is_full else cols.root().after(scaled)
         basis = torch.linalg.qr(whitened @ torch.linalg.eigh(whitened.T @ whitened).eigenvectors.flip(-1)).Q
     return rows.inverse_root().before(basis), basis.T @ scaled
-
-
-def _whitened(matrix: Tensor, cols: Moment) -> Tensor:
-    """A matrix S with S S^T = matrix C matrix^T; a Cholesky factor of C takes a tenth of the time of its root."""
-    if cols.values is not None and cols.values.dim() == 2:
-        factor, info = torch.linalg.cholesky_ex(cols.values)
-        if int(info) == 0:
-            whitened: Tensor = matrix @ factor
-            return whitened
-    return cols.root().after(matrix)
 
 
 def _coupled(left: Tensor, right: Tensor, rows: Moment, cols: Moment) -> Tensor:

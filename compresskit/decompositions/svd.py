@@ -19,7 +19,7 @@ from compresskit.core.chain import Chain, LastAxis
 from compresskit.core.cost import Gemm, Operation
 from compresskit.core.decomposition import Analysis, Decomposition, squared_norm
 from compresskit.core.folding import SINGLE_TAIL, gram, row_gram
-from compresskit.core.importance import Importance, Moment
+from compresskit.core.importance import Importance, Metric, Moment
 from compresskit.core.registry import register
 from compresskit.core.structure import Factor, Structure, TensorSpec
 from compresskit.errors import OptionError, StructureError
@@ -187,22 +187,29 @@ class _WeightedAnalysis(Analysis):
 
     def squared_errors(self, structures: Sequence[Structure]) -> list[float]:
         ranks = [_rank(structure) for structure in structures]
-        self._prepare(max(ranks, default=0))
+        if not self._errors:
+            self._prepare(max(ranks, default=0))
         return [self._errors[rank] for rank in ranks]
 
     def _prepare(self, rank: int) -> None:
-        if rank <= self._basis.shape[1]:
+        if self._errors and rank <= self._basis.shape[1]:
             return
         metric = self._importance.metric(self._weight)
-        weight = metric.rows.root().before(self._weight.double())  # (rows, cols)
         self._by_rows = not metric.cols.is_identity
+        if self._by_rows and metric.rows.is_identity and self._weight.shape[0] <= self._weight.shape[1]:
+            self._keep(rank, metric, *metric.gram(self._weight).eigen)
+            return
+        weight = metric.rows.root().before(self._weight.double())  # (rows, cols)
         side, moment = (weight, metric.cols) if self._by_rows else (weight.T, Moment(None))
         if side.shape[0] <= side.shape[1]:
             values, basis = torch.linalg.eigh(moment.after(side) @ side.T)
         else:
-            whitened = moment.root().after(side)
+            whitened = side @ moment.factor() if moment.is_full else moment.root().after(side)
             values, vectors = torch.linalg.eigh(whitened.T @ whitened)
             basis = whitened @ vectors
+        self._keep(rank, metric, values, basis)
+
+    def _keep(self, rank: int, metric: Metric, values: Tensor, basis: Tensor) -> None:
         self._basis = basis[:, -rank:].flip(-1).to(self._weight.dtype)
         self._errors = [0.0, *(metric.scale * values.clamp_min(0)).cumsum(0).tolist()][::-1]
 
