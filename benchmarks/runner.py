@@ -201,6 +201,7 @@ def _environment(threads: int) -> dict[str, str]:
     """Our environment with a fixed number of threads, without network and without chatter."""
     return {
         **os.environ,
+        "THP_MEM_ALLOC_ENABLE": "1",  # as the command line has it
         **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads)),
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",

@@ -155,7 +155,8 @@ class Blocks:
         before, length = None, 0
         for _ in range(rounds):
             ahead = state if before is None else state.beyond(before, length**GROWTH)
-            new = self.with_small(*orthonormal(self.with_wide(ahead)))
+            small, wide = orthonormal(self.with_wide(ahead))
+            new = self.with_small(small, wide if before is None else None)  # nothing unseen is extrapolated for ever
             if not new.error < state.error:
                 if before is None:
                     break

@@ -26,12 +26,12 @@ VARIANTS: Mapping[str, Sequence[Mapping[str, str]]] = {
 }
 """Options of methods whose defaults leave out what the budget could choose from."""
 
-MAX_SEARCHES = 8
+MAX_SEARCHES = 6
 """Structures of one method that are priced with an importance if each takes a search: those that lose less, unweighted,
 than all smaller ones, evenly thinned."""
 
 
-SAMPLE = 4
+SAMPLE = 3
 """Of them, as many are priced before the others are, and if each loses HOPELESS times what some other method of the
 same size does, in squared error, they are all."""
 HOPELESS = 1.5

@@ -202,7 +202,8 @@ class _WeightedAnalysis(Analysis):
         weight = metric.rows.root().before(self._weight.double())  # (rows, cols)
         side, moment = (weight, metric.cols) if self._by_rows else (weight.T, Moment(None))
         if side.shape[0] <= side.shape[1]:
-            values, basis = torch.linalg.eigh(moment.after(side) @ side.T)
+            outer = row_gram(side) if moment.is_identity else moment.after(side) @ side.T
+            values, basis = torch.linalg.eigh(outer)
         else:
             whitened = side @ moment.factor() if moment.is_full else moment.root().after(side)
             values, vectors = torch.linalg.eigh(whitened.T @ whitened)

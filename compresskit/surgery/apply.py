@@ -186,7 +186,8 @@ def apply_(
             error = site.report.relative_error if site.report.weighted_error is None else site.report.weighted_error
             on_progress(Progress("fit", site.report.name, len(reports), len(plan.sites), error))
 
-    sites = map_in_threads(ready, plan.sites, device=next(model.parameters()).device, on_done=done)
+    device = next(model.parameters()).device
+    sites = map_in_threads(ready, plan.sites, device=device, on_done=done, size=lambda planned: planned.site.num_params)
     swap_(model, modules)
     with torch.no_grad():
         for bias, change in changes.items():

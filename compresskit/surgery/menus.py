@@ -48,11 +48,22 @@ def _menu(site: Site, decomposition: Decomposition, *, allow_slower: bool) -> li
     ]
 
 
-def without_dear(decomposition: Decomposition, menu: Sequence[Structure]) -> list[Structure]:
-    """What to price first: structures of methods whose prices are not dear, and the smallest; all if all are dear."""
-    least = min((s.num_params for s in menu), default=0)
-    cheap = {s for s in menu if not decomposition.fitter(s).prices_dearly}
-    return [s for s in menu if not cheap or s in cheap or s.num_params == least]
+def without_dear(
+    assignment: Assignment, menus: Mapping[str, Sequence[Structure]], limits: Limits
+) -> Mapping[str, Sequence[Structure]]:
+    """What to price first: of each site the structures of methods whose prices are not dear; all if all are dear.
+
+    If these do not fit, also the smallest of each site.
+    """
+    cheap: dict[str, Sequence[Structure]] = {}
+    for site, decomposition in assignment.chosen:
+        menu = menus[site.name]
+        cheap[site.name] = [s for s in menu if not decomposition.fitter(s).prices_dearly] or menu
+    if _fits(assignment, cheap, limits):
+        return cheap
+    least = {name: min((s.num_params for s in menu), default=0) for name, menu in menus.items()}
+    known = {name: set(menu) for name, menu in cheap.items()}
+    return {name: [s for s in menu if s in known[name] or s.num_params == least[name]] for name, menu in menus.items()}
 
 
 def near_size(structures: Sequence[Structure], size: int) -> list[Structure]:

@@ -73,6 +73,7 @@ class _Priced:
 
     Args:
         prices: squared relative errors of all that was priced.
+        energy: what a squared error is relative to.
         weight: what its squared relative error counts in the loss.
     """
 
@@ -83,6 +84,7 @@ class _Priced:
     analysis: Analysis | None
     fronts: Fronts
     prices: Mapping[Structure, float]
+    energy: float
     weight: float = 0.0
 
     def choices(self) -> list[Choice]:
@@ -164,9 +166,8 @@ def make_plan(
         return [dataclasses.replace(known[site.name], weight=weight_of(site)) for site, _ in assignment.chosen]
 
     front: tuple[FrontPoint, ...]
-    asked = [(site, method, menus[site.name]) for site, method in assignment.chosen]
-    if max_params is not None and not limits.of_work:
-        asked = [(site, method, without_dear(method, menu)) for site, method, menu in asked]
+    first = menus if max_params is None or limits.of_work else without_dear(assignment, menus, limits)
+    asked = [(site, method, first[site.name]) for site, method in assignment.chosen]
     priced = price_all("analyse", asked)
     if max_params is None:
         picks, gap, front = [(p, len(p.structures) - 1) for p in priced], 0.0, ()
@@ -241,7 +242,8 @@ def _price_all(
         if on_progress is not None:
             on_progress(Progress(stage, priced.site.name, next(numbers), total))
 
-    return map_in_threads(price, asked, device=next(model.parameters()).device, on_done=show)
+    device = next(model.parameters()).device
+    return map_in_threads(price, asked, device=device, on_done=show, size=lambda one: one[0].num_params)
 
 
 def _price(
@@ -261,7 +263,10 @@ def _price(
     weight = site_weight(model, site)
     matrix = as_matrix(weight, f"the weight of {site.name!r}")
     analysis = (before and before.analysis) or decomposition.analyse_for(matrix, importance)
-    energy = squared_norm(matrix) if importance is None else importance.squared_norm(matrix)
+    if before:
+        energy = before.energy
+    else:
+        energy = squared_norm(matrix) if importance is None else importance.squared_norm(matrix)
     squared = analysis.squared_errors(menu)
     prices.update((s, 0.0 if energy == 0 else error / energy) for s, error in zip(menu, squared, strict=True))
     menu, errors = list(prices), list(prices.values())
@@ -272,7 +277,7 @@ def _price(
     structures, losses = tuple(menu[i] for i in kept), tuple(errors[i] for i in kept)
     same_memory = matrix.data_ptr() == weight.data_ptr()  # a widened copy of every weight would double the memory
     analysis_kept = analysis if same_memory else None
-    return _Priced(site, decomposition, (None, *structures), (0.0, *losses), analysis_kept, fronts, prices)
+    return _Priced(site, decomposition, (None, *structures), (0.0, *losses), analysis_kept, fronts, prices, energy)
 
 
 def _solve(

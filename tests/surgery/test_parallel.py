@@ -69,6 +69,18 @@ def test_on_a_gpu_one_at_a_time(threads):
     assert set(names) == {threading.main_thread()}
 
 
+def test_the_last_ones_begin_in_falling_order_of_their_size(threads):
+    begun = []
+    sizes = [*range(1, 20), 3, 9, 1]
+    results = map_in_threads(begun.append, sizes, device=CPU, on_done=lambda _: None, size=float)
+    assert len(results) == len(sizes)
+    if threads == 2:
+        last = 4 * threads
+        assert sorted(begun[:-last]) == sizes[:-last]  # two workers may swap neighbours
+        wanted = sorted(sizes[-last:], reverse=True)
+        assert all(abs(wanted.index(size) - place) <= threads for place, size in enumerate(begun[-last:]))
+
+
 @pytest.mark.parametrize("where", ["work", "report"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_error_stops_what_has_not_begun(threads, where, error):
