@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from compresskit.calibration.masks import Masks
 from compresskit.calibration.moments import Use
-from compresskit.core.folding import HALVED_SIZE
+from compresskit.core.folding import strips
 from compresskit.errors import CalibrationError
 from compresskit.surgery.sites import Site
 
@@ -52,11 +52,8 @@ class Sums:
 
     def _add_products(self, x: Tensor) -> None:
         """Add x^T x in strips, each from the diagonal on: little more than half of it is multiplied."""
-        width = len(self.second)
-        step = -(-width // (STRIPS if width >= HALVED_SIZE else 1))
-        for start in range(0, width, step):
-            strip = slice(start, start + step)
-            self.second[strip, start:].addmm_(x[:, strip].T, x[:, start:])
+        for strip in strips(len(self.second), STRIPS):
+            self.second[strip, strip.start :].addmm_(x[:, strip].T, x[:, strip.start :])
 
     def means(self) -> tuple[Tensor, Tensor]:
         """Mean of x x^T (or of x^2) and of x, on the CPU."""

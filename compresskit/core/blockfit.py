@@ -3,8 +3,7 @@
 The error tr(R D C D^T) of D = W - approximation is a quadratic function of the left bases U, of the right bases V and
 of the scales s, each with the other two fixed. Each step goes along the exact solution of a problem without coupling
 between blocks, as far as lowers the true error most, so that no step raises it. Between rounds all three are
-extrapolated along their last change, and put back where that did not pay (Rajih, Comon and Harshman, SIAM J. Matrix
-Anal. Appl. 30 (2008), for tensors): ten rounds then do what 25 do without.
+extrapolated along their last change (extrapolation.py), and put back where that did not pay.
 
 Of the difference only F = D C is kept. C is multiplied with the right bases, V_j^T C, which have fewer rows than the
 weight, and everything else follows from these: on 384 x 1536 weights at 4 times fewer parameters a fifth of the time
@@ -18,7 +17,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from compresskit.core.importance import Moment
+from compresskit.core.extrapolation import step_length
+from compresskit.core.metric import Moment
 
 RIDGE = 1e-6
 """Share of the mean of a Gram matrix's diagonal that is added to it: bases may be linearly dependent."""
@@ -28,8 +28,6 @@ MANY = 64
 """From so many right-hand sides on, multiplying with the inverse takes half of the time of solving for them."""
 PATIENCE = 4
 """So many times the rounds are made at most to reach an error that is asked for."""
-GROWTH = 1 / 3
-"""Rounds to this power are the length of an extrapolation."""
 
 
 @final
@@ -186,7 +184,7 @@ def _refined(problem: _Problem, start: Blocks, rounds: int, until: float) -> tup
             continue
         before, kept, least = (kept if number else None), here.place(), here.error
         if before is not None and (number + 1 < rounds or least > until):
-            here = here.beyond(before, (number + 1) ** GROWTH)
+            here = here.beyond(before, step_length(number + 1))
     return kept[0], _Descent(problem, *kept).error  # what was subtracted step by step has drifted
 
 

@@ -48,12 +48,20 @@ def row_gram(matrix: Tensor) -> Tensor:
     if n < HALVED_SIZE:
         return matrix @ matrix.T
     gram = matrix.new_empty(n, n)
-    step = -(-n // 4)
-    for start in range(0, n, step):
-        stop = min(start + step, n)
-        torch.matmul(matrix[start:stop], matrix[start:].T, out=gram[start:stop, start:])
-        gram[stop:, start:stop] = gram[start:stop, stop:].T
+    for strip in strips(n, 4):
+        torch.matmul(matrix[strip], matrix[strip.start :].T, out=gram[strip, strip.start :])
+        gram[strip.stop :, strip] = gram[strip, strip.stop :].T
     return gram
+
+
+def strips(n: int, count: int) -> Iterator[slice]:
+    """Rows of a symmetric matrix (n, n) in so many strips, or in one if it is small.
+
+    From the diagonal on, they hold (count + 1) / (2 * count) of it.
+    """
+    step = -(-n // (count if n >= HALVED_SIZE else 1))
+    for start in range(0, n, step):
+        yield slice(start, min(start + step, n))
 
 
 def gram(matrix: Tensor, chunk: int = 1024) -> Tensor:

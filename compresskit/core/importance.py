@@ -9,25 +9,20 @@ a diagonal R.
 
 import math
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import final
 
 import torch
 from torch import Tensor
 
+from compresskit.core.metric import ASYMMETRY, Metric, Moment
 from compresskit.errors import ImportanceError
 
 RIDGE = 1e-6
 """Share of the mean of the diagonal that fits add to a diagonal by default. Second moments are rank deficient: what no
 sample touches costs next to nothing, but what is least is still well defined."""
-ASYMMETRY = 1e-3
-"""Tolerated difference between a second moment and its transpose, and negative eigenvalues, as shares of its largest
-value: what summing in half precision or float32 leaves."""
 CANCELLED = 0.05
 """Where centring leaves less than this share of a second moment, the rounding of its sums is mended: what is left of
 a nearly constant input has eigenvalues that are far below zero for their size."""
-CHUNK_ROWS = 1024
-"""Rows of a difference that are weighted at a time."""
 
 
 @final
@@ -83,7 +78,7 @@ class Importance:
             ImportanceError: it is of another shape.
         """
         self.check(*difference.shape)
-        return _trace(Moment.of(self.rows, like=difference), Moment.of(self.cols, like=difference), difference)
+        return Metric(Moment(self.rows), Moment(self.cols), 1.0).squared_norm(difference)
 
     def of_rows(self, start: int, stop: int) -> "Importance":
         """What belongs to these rows of the weight alone; they must not be weighed together (no full R).
@@ -129,7 +124,7 @@ class Importance:
         if self._memory is not None:
             self._memory.metrics.clear()
 
-    def metric(self, like: Tensor) -> "Metric":
+    def metric(self, like: Tensor) -> Metric:
         """What fits work with, in float64 on the device of `like`; see Metric."""
         if self._memory is None:
             return self._metric(like, set())
@@ -137,12 +132,12 @@ class Importance:
             self._memory.metrics[like.device] = self._metric(like, self._memory.sound)
         return self._memory.metrics[like.device]
 
-    def _metric(self, like: Tensor, sound: set[str]) -> "Metric":
+    def _metric(self, like: Tensor, sound: set[str]) -> Metric:
         rows, row_scale = _damped(self.rows, self.ridge, like.device, "rows", sound)
         cols, col_scale = _damped(self.cols, self.ridge + self.noise, like.device, "cols", sound)
         return Metric(rows, cols, row_scale * col_scale)
 
-    def row_metric(self, like: Tensor) -> "Moment":
+    def row_metric(self, like: Tensor) -> Moment:
         """R of `metric` alone."""
         return _damped(self.rows, self.ridge, like.device, "rows", set())[0]
 
@@ -154,132 +149,6 @@ class _Memory:
     def __init__(self) -> None:
         self.metrics: dict[torch.device, Metric] = {}
         self.sound: set[str] = set()
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class Moment:
-    """A symmetric positive semi-definite matrix: None is the identity, a vector its diagonal."""
-
-    values: Tensor | None
-
-    @classmethod
-    def of(cls, values: Tensor | None, *, like: Tensor) -> "Moment":
-        """With the dtype and on the device of `like`."""
-        return cls(None if values is None else values.to(like.device, like.dtype))
-
-    @property
-    def is_identity(self) -> bool:
-        return self.values is None
-
-    @property
-    def is_full(self) -> bool:
-        """Whether it is neither the identity nor another diagonal."""
-        return self.values is not None and self.values.dim() == 2
-
-    def dense(self, n: int, *, like: Tensor) -> Tensor:
-        """The matrix (n, n), with the dtype and on the device of `like`."""
-        if self.values is None:
-            return torch.eye(n, dtype=like.dtype, device=like.device)
-        values = self.values.to(like.device, like.dtype)
-        return values.diag() if values.dim() == 1 else values
-
-    def after(self, matrix: Tensor) -> Tensor:
-        """matrix @ self."""
-        if self.values is None:
-            return matrix
-        return matrix * self.values if self.values.dim() == 1 else matrix @ self.values
-
-    def before(self, matrix: Tensor) -> Tensor:
-        """self @ matrix."""
-        return self.rows_before(slice(None), matrix)
-
-    def rows_before(self, part: slice, matrix: Tensor) -> Tensor:
-        """Some rows of self @ matrix."""
-        if self.values is None:
-            return matrix[part]
-        return self.values[part, None] * matrix[part] if self.values.dim() == 1 else self.values[part] @ matrix
-
-    @cached_property
-    def eigen(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues, the largest last, and eigenvectors of a full one."""
-        assert self.values is not None
-        return _eigen(self.values)
-
-    def factor(self) -> Tensor:
-        """F (n, n) with F F^T = self, a full one; a Cholesky factor takes a tenth of the time of the root."""
-        assert self.values is not None
-        factor, info = torch.linalg.cholesky_ex(self.values)
-        root = self.root().values if int(info) else factor
-        assert root is not None
-        return root
-
-    def root(self) -> "Moment":
-        """The symmetric square root."""
-        return self._power(0.5)
-
-    def inverse_root(self) -> "Moment":
-        """The symmetric square root of the pseudo-inverse."""
-        return self._power(-0.5)
-
-    def _power(self, exponent: float) -> "Moment":
-        if self.values is None:
-            return self
-        if self.values.dim() == 1:
-            return Moment(_powers(self.values, exponent))
-        values, vectors = self.eigen
-        return Moment(vectors * _powers(values, exponent) @ vectors.T)
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class Metric:
-    """R and C damped, in float64, each of mean 1 on its diagonal before: what fits work with.
-
-    tr(R D C D^T) <= scale * tr(rows D cols D^T), up to the ridge they are equal. A moment that is zero everywhere says
-    nothing and counts as the identity here, with scale 0.
-    """
-
-    rows: Moment
-    cols: Moment
-    scale: float
-    _known: "dict[int, tuple[Tensor, Tensor]]" = field(default_factory=dict, init=False, repr=False)
-    _grams: "dict[int, tuple[Tensor, Moment]]" = field(default_factory=dict, init=False, repr=False)
-
-    def answers(self, weight: Tensor) -> Tensor:
-        """W cols (rows, cols) in float64; computed once for a weight, and kept with this metric."""
-        if self.cols.is_identity:
-            return weight.double()
-        if id(weight) not in self._known:
-            self._known[id(weight)] = weight, self.cols.after(weight.double())
-        return self._known[id(weight)][1]
-
-    def gram(self, weight: Tensor) -> Moment:
-        """W cols W^T (rows, rows), likewise, with its eigenvalues once they are asked for."""
-        if id(weight) not in self._grams:
-            self._grams[id(weight)] = weight, Moment(self.answers(weight) @ weight.double().T)
-        return self._grams[id(weight)][1]
-
-    def squared_norm(self, difference: Tensor) -> float:
-        """scale * tr(rows D cols D^T)."""
-        return self.scale * _trace(
-            Moment.of(self.rows.values, like=difference), Moment.of(self.cols.values, like=difference), difference
-        )
-
-
-def _trace(rows: Moment, cols: Moment, difference: Tensor) -> float:
-    """tr(rows D cols D^T), summed in float64 from products in the dtype of D."""
-    total = 0.0
-    for start in range(0, len(difference), CHUNK_ROWS):
-        part = slice(start, start + CHUNK_ROWS)
-        total += float((cols.after(difference[part]) * rows.rows_before(part, difference)).double().sum())
-    return max(total, 0.0)
-
-
-def _powers(values: Tensor, exponent: float) -> Tensor:
-    """Each positive value to the power; values that are rounding noise to 0."""
-    floor = float(values.max()) * len(values) * torch.finfo(values.dtype).eps
-    return torch.where(values > floor, values.clamp_min(floor or 1.0).pow(exponent), 0.0)
 
 
 def _damped(
@@ -303,21 +172,11 @@ def _damped(
     if name in sound:
         return Moment(damped), scale
     if int(torch.linalg.cholesky_ex(damped).info):  # float32 sums leave eigenvalues below zero by more than the ridge
-        values, vectors = _eigen(damped)
+        values, vectors = Moment(damped).eigen
         damped = vectors * values.clamp_min(ridge) @ vectors.T
     else:
         sound.add(name)
     return Moment(damped), scale
-
-
-def _eigen(moment: Tensor) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh(moment)
-    least, largest = float(values[0]), float(values[-1])
-    if least < -ASYMMETRY * largest:
-        raise ImportanceError(
-            f"a second moment is positive semi-definite; this one has eigenvalues from {least:.2g} to {largest:.2g}"
-        )
-    return values, vectors
 
 
 def _check_moment(name: str, moment: Tensor) -> None:

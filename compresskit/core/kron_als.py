@@ -22,18 +22,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compresskit.core.extrapolation import step_length
 from compresskit.core.folding import row_gram
 from compresskit.core.grids import Grid, cut
-from compresskit.core.importance import Metric, Moment
+from compresskit.core.metric import Metric, Moment
 
 PROXIMAL = 1e-9
 """Weight of the distance from the last iterate, as a share of the mean diagonal of the normal equations: keeps them
 regular and moves no fixed point."""
 ENOUGH = 1e-3
 """A round that lowers the error by a smaller share is the last one."""
-GROWTH = 1 / 3
-"""Rounds to this power are the length of an extrapolation (Rajih, Comon and Harshman, SIAM J. Matrix Anal. Appl. 30
-(2008), for tensors): ten rounds then do what 25 do without, on layers of all-MiniLM-L6-v2 and of bert-base shapes."""
 NEAREST_ROUNDS = 2
 """Power iterations for the nearest product P (x) Q of the rows' moment."""
 
@@ -154,7 +152,7 @@ class Blocks:
         """
         before, length = None, 0
         for _ in range(rounds):
-            ahead = state if before is None else state.beyond(before, length**GROWTH)
+            ahead = state if before is None else state.beyond(before, step_length(length))
             small, wide = orthonormal(self.with_wide(ahead))
             new = self.with_small(small, wide if before is None else None)  # nothing unseen is extrapolated for ever
             if not new.error < state.error:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from compresskit.core.folding import gram
 from compresskit.core.grids import Grid
-from compresskit.core.importance import Importance, Metric, Moment
+from compresskit.core.importance import Importance
 from compresskit.core.kron_als import Blocks, State
 from compresskit.core.kron_refine import Refinement
+from compresskit.core.metric import Metric, Moment
 
 STAGES = ((1, 1.8), (3, 0.0))
 """Rounds that a shape is priced by, and how many times the squared error of a smaller one it may have to go on.
@@ -122,12 +123,12 @@ class WeightedSums:
         else:
             energies = gram(Moment.of(metric.rows.root().values, like=self._weight).before(self._weight))
         root = Moment((energies + energies.T) / 2).root().dense(len(energies), like=energies)
-        return _Problem(root, metric.cols.after(root), Metric(Moment(None), metric.cols, metric.scale))
+        return _Problem(root, metric.cols.after(root), metric.without_rows())
 
     def _wide(self, metric: Metric, grid: Grid, small: Tensor) -> Tensor:
         """The best wide factors (terms, rows * s) where p = 1: linear in the rows of the weight, one by one."""
         eye = torch.eye(self._weight.shape[1], dtype=torch.float64, device=self._weight.device)
-        columns = Metric(Moment(None), metric.cols, metric.scale)
+        columns = metric.without_rows()
         maps = Blocks(eye, metric.cols.after(eye), columns, grid).with_small(small).wide  # (terms, cols, s)
         return torch.stack([(self._weight @ one.to(self._weight.dtype)).flatten() for one in maps])
 

@@ -14,7 +14,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from compresskit.core.importance import Metric
+from compresskit.core.metric import Metric
 
 PROXIMAL = 1e-9
 """Weight of the distance from the last iterate, as a share of the mean diagonal of the normal equations."""
@@ -167,8 +167,7 @@ def _whitened(weight: Tensor, metric: Metric) -> Tensor:
     """S with S S^T = W C W^T and no more columns than needed, in float64."""
     if weight.shape[0] < weight.shape[1]:
         return metric.gram(weight).root().dense(len(weight), like=weight.double())
-    wide = weight.double()
-    return wide @ metric.cols.factor() if metric.cols.is_full else metric.cols.root().after(wide)
+    return metric.cols.whitened(weight.double())
 
 
 def _down(bases: "Bases | TuckerState", matrix: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ from compresskit.core.cost import Gemm, Operation, Pass
 from compresskit.core.decomposition import Analysis, Decomposition, squared_norm
 from compresskit.core.gains import Gains
 from compresskit.core.grid import Pair, check_grid, grid_sizes
-from compresskit.core.importance import Importance, Metric, Moment
+from compresskit.core.importance import Importance
+from compresskit.core.metric import Metric, Moment
 from compresskit.core.registry import register
 from compresskit.core.structure import Factor, Structure, TensorSpec, tensor_of
 from compresskit.decompositions.svd import SVD, LowRank

@@ -24,7 +24,8 @@ from compresskit.core.cost import Gemm, Operation, Pass
 from compresskit.core.decomposition import Analysis, Decomposition
 from compresskit.core.folding import gram
 from compresskit.core.grid import Pair, check_grid, grid_sizes
-from compresskit.core.importance import Importance, Metric, Moment
+from compresskit.core.importance import Importance
+from compresskit.core.metric import Metric, Moment
 from compresskit.core.registry import register
 from compresskit.core.structure import Factor, Structure, TensorSpec, linear, tensor_of
 from compresskit.errors import OptionError, StructureError
@@ -314,8 +315,7 @@ class _MonarchAnalysis(Analysis):
         if p not in self._small:
             scaled = Moment.of(self._metric.rows.root().values, like=self._weight).before(self._weight)
             roots = torch.cat([Moment(gram(part)).factor().T for part in scaled.chunk(p)])
-            metric = Metric(Moment(None), self._metric.cols, self._metric.scale)
-            self._small[p] = _MonarchAnalysis(roots.to(self._weight.dtype), metric)
+            self._small[p] = _MonarchAnalysis(roots.to(self._weight.dtype), self._metric.without_rows())
         return self._small[p]._all_errors(blocks)
 
     def _triples(self, blocks: Pair, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -342,7 +342,7 @@ def _leading(block: Tensor, rows: Moment, cols: Moment) -> tuple[Tensor, Tensor]
     if block.shape[0] <= block.shape[1]:
         basis = torch.linalg.eigh(cols.after(scaled) @ scaled.T).eigenvectors.flip(-1)
     else:
-        whitened = scaled @ cols.factor() if cols.is_full else cols.root().after(scaled)
+        whitened = cols.whitened(scaled)
         basis = torch.linalg.qr(whitened @ torch.linalg.eigh(whitened.T @ whitened).eigenvectors.flip(-1)).Q
     return rows.inverse_root().before(basis), basis.T @ scaled
 

@@ -19,7 +19,8 @@ from compresskit.core.chain import Chain, LastAxis
 from compresskit.core.cost import Gemm, Operation
 from compresskit.core.decomposition import Analysis, Decomposition, squared_norm
 from compresskit.core.folding import SINGLE_TAIL, gram, row_gram
-from compresskit.core.importance import Importance, Metric, Moment
+from compresskit.core.importance import Importance
+from compresskit.core.metric import Metric, Moment
 from compresskit.core.registry import register
 from compresskit.core.structure import Factor, Structure, TensorSpec
 from compresskit.errors import OptionError, StructureError
@@ -187,8 +188,8 @@ class _WeightedAnalysis(Analysis):
 
     def squared_errors(self, structures: Sequence[Structure]) -> list[float]:
         ranks = [_rank(structure) for structure in structures]
-        if not self._errors:
-            self._prepare(max(ranks, default=0))
+        if ranks and not self._errors:
+            self._prepare(max(ranks))
         return [self._errors[rank] for rank in ranks]
 
     def _prepare(self, rank: int) -> None:
@@ -205,7 +206,7 @@ class _WeightedAnalysis(Analysis):
             outer = row_gram(side) if moment.is_identity else moment.after(side) @ side.T
             values, basis = torch.linalg.eigh(outer)
         else:
-            whitened = side @ moment.factor() if moment.is_full else moment.root().after(side)
+            whitened = moment.whitened(side)
             values, vectors = torch.linalg.eigh(whitened.T @ whitened)
             basis = whitened @ vectors
         self._keep(rank, metric, values, basis)

@@ -21,7 +21,8 @@ from compresskit.core.cost import Gemm, Operation
 from compresskit.core.decomposition import Analysis, Decomposition, squared_norm
 from compresskit.core.folding import Unfolding, balanced_factors, rank_triples
 from compresskit.core.hosvd import hooi, leading_energies
-from compresskit.core.importance import Importance, Metric
+from compresskit.core.importance import Importance
+from compresskit.core.metric import Metric
 from compresskit.core.mixing import mix_operations, mix_orders, mix_steps
 from compresskit.core.registry import register
 from compresskit.core.structure import Factor, Structure, TensorSpec

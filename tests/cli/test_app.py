@@ -119,6 +119,24 @@ def test_wrong_usage_has_status_2_and_a_hint(arguments: list[str], match: str, f
     fails(*arguments, match=match, status=2)
 
 
+@pytest.mark.parametrize("before", [None, "0"])
+def test_the_command_asks_torch_for_huge_pages_unless_told_otherwise(before: str | None) -> None:
+    script = f"""
+import os, sys
+from compresskit_cli.app import main
+os.environ.pop("THP_MEM_ALLOC_ENABLE", None)
+if {before!r} is not None:
+    os.environ["THP_MEM_ALLOC_ENABLE"] = {before!r}
+sys.argv = ["compresskit", "--version"]
+try:
+    main()
+finally:
+    print("torch" in sys.modules, os.environ["THP_MEM_ALLOC_ENABLE"])
+"""
+    done = python("-c", script)
+    assert done.stdout.splitlines()[-1] == f"False {before or '1'}", done.stderr  # torch reads it once, at its start
+
+
 def test_debug_lets_an_error_through_wherever_it_is_written(work: Path) -> None:
     for arguments in (["--debug", "inspect", "bert"], ["inspect", "bert", "--debug"]):
         with pytest.raises(CheckpointError, match="not one that compresskit compressed"):

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compresskit.core.blockfit import BlockFit, Blocks, _grams, _own_grams
-from compresskit.core.importance import Moment
+from compresskit.core.blockfit import MANY, BlockFit, Blocks, _Descent, _grams, _own_grams, _Problem, _solved
+from compresskit.core.metric import Moment
 from compresskit.testing.cases import normal
 
 
@@ -75,3 +75,21 @@ def test_a_zero_weight_and_zero_factors_stay_finite():
     fit = BlockFit(torch.zeros(8, 8), (2, 2), Moment(None), Moment(None))
     assert not fit.refine(zeros, 2).dense().any()
     assert fit.error(zeros, 2) == 0
+
+
+@pytest.mark.parametrize(("rows", "cols"), [("identity", "identity"), ("identity", "full"), ("full", "full")])
+def test_each_step_goes_as_far_as_pays_and_knows_the_error_that_is_left(rows, cols):
+    problem = _Problem.of(normal(32, 144), moment(rows, 32, 8), moment(cols, 144, 9))
+    here = _Descent(problem, Blocks(normal(2, 16, 3, seed=2), normal(2, 2, 3, seed=3), normal(2, 72, 3, seed=4)))
+    for step in (here.scales_step, here.right_step, here.left_step):
+        before = here.blocks
+        step()
+        assert here.error == pytest.approx(_Descent(problem, here.blocks).error, rel=1e-9)
+        for length in (-0.01, 0.01):
+            assert _Descent(problem, here.blocks.beyond(before, length)).error >= here.error * (1 - 1e-12)
+
+
+def test_many_right_hand_sides_are_solved_for_as_few_are():
+    roots = normal(3, 5, 8)
+    grams, sides = roots @ roots.mT, normal(3, 5, MANY, seed=2)
+    torch.testing.assert_close(_solved(grams, sides)[..., :4], _solved(grams, sides[..., :4]))

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compresskit.core.importance import CHUNK_ROWS, Importance, Moment
+from compresskit.core.importance import Importance
+from compresskit.core.metric import CHUNK_ROWS, Moment
 from compresskit.errors import ImportanceError
 from compresskit.testing.cases import normal
 
@@ -197,3 +198,36 @@ def test_one_that_remembers_keeps_its_metric_until_it_is_told_to_forget():
     assert float(noisy.cols.values[0, 0]) == pytest.approx(2, rel=1e-3)
     remembering.forget()
     assert remembering.metric(like) is not kept
+
+
+def test_products_with_a_weight_are_computed_once_for_it_and_are_right(monkeypatch):
+    weight, other, cols = normal(6, 10).float(), normal(6, 10, seed=2).float(), normal(10, 30)
+    metric = Importance(cols=cols @ cols.T).metric(weight)
+    for matrix in (weight, other, weight):
+        exact = matrix.double() @ metric.cols.values
+        torch.testing.assert_close(metric.answers(matrix), exact)
+        torch.testing.assert_close(metric.gram(matrix).values, exact @ matrix.double().T)
+    assert metric.answers(weight) is metric.answers(weight)
+    assert metric.gram(weight) is metric.gram(weight)
+    assert metric.gram(weight).eigen is metric.gram(weight).eigen
+    values, vectors = metric.gram(weight).eigen
+    torch.testing.assert_close(vectors * values @ vectors.T, metric.gram(weight).values)
+
+
+@pytest.mark.parametrize("samples", [20, 3])  # positive definite, and not
+@pytest.mark.parametrize("ridge", [1e-6, 0.0])
+def test_a_moment_is_checked_once_and_is_the_same_when_it_is_not_checked(samples, ridge):
+    inputs = normal(10, samples)
+    remembering = Importance(cols=inputs @ inputs.T, ridge=ridge).remembering()
+    first = remembering.metric(torch.zeros(1)).cols.values
+    remembering.forget()
+    torch.testing.assert_close(remembering.metric(torch.zeros(1)).cols.values, first, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("samples", [20, 3])
+def test_what_is_whitened_has_the_weighted_products_of_its_rows(samples):
+    inputs, matrix = normal(10, samples), normal(4, 10, seed=2)
+    full = inputs @ inputs.T
+    for moment in (Moment(None), Moment(full.diagonal()), Moment(full)):
+        whitened = moment.whitened(matrix)
+        torch.testing.assert_close(whitened @ whitened.T, moment.after(matrix) @ matrix.T)

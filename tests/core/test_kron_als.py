@@ -57,6 +57,25 @@ def errors_of(blocks, weight, grid, importance, state):
     return float((weighed * difference).sum()), cut(weighed, grid)
 
 
+@pytest.mark.parametrize(("grid", "terms"), [(Grid(True, 2, 2), 1), (Grid(False, 4, 4), 1), (Grid(True, 4, 4), 4)])
+def test_extrapolated_rounds_never_raise_the_error_and_ten_do_what_twice_as_many_plain_ones_do(grid, terms):
+    weight, importance = normal(32, 48), Importance(second_moment(48, 60))
+    blocks = blocks_of(weight, grid, importance)
+    start = plain = blocks.start(terms)
+    for _ in range(20):
+        plain = blocks.with_small(*orthonormal(blocks.with_wide(plain)))
+    errors = [blocks.descend(start, rounds).error for rounds in range(11)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[10] <= plain.error * 1.002
+
+
+def test_orthonormal_factors_are_turned_no_more_than_it_takes():
+    state = blocks_of(normal(8, 12), Grid(True, 2, 2), Importance(second_moment(12))).start(3)
+    small, wide = orthonormal(state)
+    torch.testing.assert_close(small, state.small)
+    torch.testing.assert_close(wide, state.wide)
+
+
 @settings(max_examples=60)
 @given(problems())
 def test_each_half_step_solves_its_least_squares_problem_and_none_raises_the_error(problem):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import compresskit
-from compresskit.surgery.parallel import MAX_WORKERS, map_in_threads
+from compresskit.surgery import parallel
+from compresskit.surgery.parallel import LAST, MAX_WORKERS, map_in_threads
 from tests.models import build
 
 CPU = torch.device("cpu")
@@ -69,16 +70,19 @@ def test_on_a_gpu_one_at_a_time(threads):
     assert set(names) == {threading.main_thread()}
 
 
-def test_the_last_ones_begin_in_falling_order_of_their_size(threads):
+def test_the_last_ones_begin_in_falling_order_of_their_size(threads, monkeypatch):
     begun = []
-    sizes = [*range(1, 20), 3, 9, 1]
-    results = map_in_threads(begun.append, sizes, device=CPU, on_done=lambda _: None, size=float)
-    assert len(results) == len(sizes)
-    if threads == 2:
-        last = 4 * threads
-        assert sorted(begun[:-last]) == sizes[:-last]  # two workers may swap neighbours
-        wanted = sorted(sizes[-last:], reverse=True)
-        assert all(abs(wanted.index(size) - place) <= threads for place, size in enumerate(begun[-last:]))
+
+    class Pool(parallel.ThreadPoolExecutor):
+        def submit(self, function, item):
+            begun.append(item)
+            return super().submit(function, item)
+
+    monkeypatch.setattr(parallel, "ThreadPoolExecutor", Pool)
+    sizes = [*range(40), 3, 9, 1]
+    assert map_in_threads(lambda item: item, sizes, device=CPU, on_done=lambda _: None, size=float) == sizes
+    last = LAST * threads
+    assert begun == ([*sizes[:-last], *sorted(sizes[-last:], reverse=True)] if threads > 1 else [])
 
 
 @pytest.mark.parametrize("where", ["work", "report"])
