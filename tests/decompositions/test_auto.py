@@ -144,9 +144,7 @@ def test_where_the_others_are_too_large_the_smallest_of_a_dear_method_is_priced_
     model = model_of([(96, 96)])
     monkeypatch.setattr(type(registry.decomposition("svd")), "prices_dearly", True)
     plan = compresskit.plan(model, Auto(methods="svd+monarch"), ratio=9312 / 300, allow_slower=True)
-    assert [p.structure.kind for p in plan.sites] == [
-        "low-rank"
-    ]  # of 192 numbers; Monarch's 288 do not fit
+    assert [p.structure.kind for p in plan.sites] == ["low-rank"]  # of 192 numbers; Monarch's 288 do not fit
 
 
 def test_structures_without_a_price_do_not_shift_the_others():
