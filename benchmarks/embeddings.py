@@ -74,9 +74,18 @@ class StsB:
 
     def spearman(self, model: nn.Module, tokenizer: Any) -> float:
         """Rank correlation of the cosines of embeddings with the scores, between -1 and 1."""
-        both = embed(model, tokenizer, [*self.first, *self.second])
-        first, second = both.split(len(self.scores))
-        return float(spearmanr((first * second).sum(-1).numpy(), self.scores).statistic)
+        return rank_correlation(self.cosines(model, tokenizer), self.scores)
+
+    def cosines(self, model: nn.Module, tokenizer: Any) -> list[float]:
+        """Of the embeddings of each pair."""
+        first, second = embed(model, tokenizer, [*self.first, *self.second]).split(len(self.scores))
+        cosines: list[float] = (first * second).sum(-1).tolist()
+        return cosines
+
+
+def rank_correlation(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Spearman's, between -1 and 1."""
+    return float(spearmanr(ours, theirs).statistic)
 
 
 def read_sts_b(path: Path) -> StsB:

@@ -7,9 +7,11 @@ from typing import Any
 from torch import nn
 
 from compresskit.calibration import Calibration, Refine, calibrate
+from compresskit.calibration.compare import MARGIN, compare_plans
 from compresskit.calibration.data import Batch
-from compresskit.calibration.search import search_plan
+from compresskit.calibration.search import search_sensitivities
 from compresskit.calibration.sequential import fit_in_order
+from compresskit.calibration.trials import Trials
 from compresskit.calibration.weights import expecting_errors, importances_of
 from compresskit.core.decomposition import Decomposition
 from compresskit.core.importance import Importance
@@ -20,7 +22,8 @@ from compresskit.surgery.apply import Report, SiteFit, apply_
 from compresskit.surgery.budget import param_budget
 from compresskit.surgery.plan import Plan
 from compresskit.surgery.pricing import Known, OnProgress, Planned, make_plan
-from compresskit.surgery.rules import Rule, assign
+from compresskit.surgery.rivals import rivals_of
+from compresskit.surgery.rules import Assignment, Rule, assign
 from compresskit.surgery.sites import find_sites
 
 Method = str | Decomposition
@@ -43,6 +46,7 @@ def compress(
     calibration: Calibration | None = None,
     sensitivities: Mapping[str, float] | None = None,
     search: Sequence[Batch] | None = None,
+    compare: Sequence[Batch] | None = None,
     robust: bool = False,
     samples: Sequence[Batch] | None = None,
     sequential: bool = False,
@@ -76,6 +80,9 @@ def compress(
             default as much as it has parameters.
         search: batches of samples to search on by how much more or less layers of each shape should count than that:
             ten models or so are compressed, and that which answers nearest to the dense one on these is made.
+        compare: where the method chooses between several (`auto`): batches of samples on which its plan is compared
+            with plans of one method alone, those that are expected to lose hardly more. One whose model answers
+            notably nearer to the dense one is made instead; the report says by how much each was off.
         robust: fit for inputs that are off as much as the layers before are expected to answer wrongly. Structures are
             chosen as without. Worth a try where much is lost; measured, it helps some sizes and hurts others.
         samples: batches, as `list(read_batches(...))`, that `sequential` and `refine` run on; without `calibration`,
@@ -119,6 +126,7 @@ def compress(
         importances,
         sensitivities,
         search,
+        compare,
         robust,
         on_progress,
     )
@@ -198,6 +206,7 @@ def plan(
     calibration: Calibration | None = None,
     sensitivities: Mapping[str, float] | None = None,
     search: Sequence[Batch] | None = None,
+    compare: Sequence[Batch] | None = None,
     robust: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Plan:
@@ -219,6 +228,7 @@ def plan(
         importances,
         sensitivities,
         search,
+        compare,
         robust,
         on_progress,
     )[0].plan
@@ -240,10 +250,11 @@ def _plan(
     importances: Mapping[str, Importance],
     sensitivities: Mapping[str, float] | None,
     search: Sequence[Batch] | None,
+    compare: Sequence[Batch] | None,
     robust: bool,
     on_progress: OnProgress | None,
 ) -> tuple[Planned, Mapping[str, SiteFit] | None]:
-    """The plan; after a search its fits by site name, too."""
+    """The plan; after trials its fits by site name, too."""
     survey = find_sites(model)
     budget = None
     if not (ratio is None and params is None and keep is None):
@@ -256,7 +267,7 @@ def _plan(
     ordered = [Rule(pattern, decomposition(m) if isinstance(m, str) else m) for pattern, m in pairs]
     assignment, known = assign(model, survey, ordered, _patterns(exclude)), Known()
 
-    def plan_for(sensitivities: Mapping[str, float] | None) -> Planned:
+    def plan_for(assignment: Assignment, sensitivities: Mapping[str, float] | None) -> Planned:
         return make_plan(
             model,
             assignment,
@@ -272,13 +283,22 @@ def _plan(
             on_progress=on_progress,
         )
 
-    if search is None:
-        return plan_for(sensitivities), None
-    start = sensitivities
-    if start is None:
-        start = {site.name: float(site.num_params) for site, _ in assignment.chosen}
-    found = search_plan(model, plan_for, search, importances, start, robust=robust, on_progress=on_progress)
-    return found.planned, found.fits
+    weights = {site.name: float(site.num_params) for site, _ in assignment.chosen}
+    found = None
+    if search is not None:
+        trials = Trials(model, search, importances, robust=robust)
+        sensitivities = search_sensitivities(
+            model, lambda some: plan_for(assignment, some), trials, sensitivities or weights, on_progress=on_progress
+        )
+        found = trials.found
+    planned = plan_for(assignment, sensitivities) if found is None else found.planned
+    if compare is not None:
+        rivals = rivals_of(planned, assignment, sensitivities or weights, lambda other: plan_for(other, sensitivities))
+        if rivals:
+            trials = Trials(model, compare, importances, robust=robust, margin=MARGIN)
+            errors = compare_plans(trials, planned, rivals, on_progress=on_progress)
+            found = trials.found.saying(errors)
+    return (planned, None) if found is None else (found.planned, found.fits)
 
 
 def _importances(

@@ -18,7 +18,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 SAMPLES, MAX_LENGTH = 128, 128
 PARAMETERS, BALANCED, MEASURED, SEARCHED = "parameters", "balanced", "measured", "searched"
 MEASURED_SHARE = 4
-"""Sensitivities are measured or searched on one of so many texts: each layer, or each model, takes a pass over them."""
+"""Sensitivities are measured or searched, and models compared, on one of so many batches, all lengths among them: each
+layer, or each model, takes a pass over them."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Samples:
     sensitivity: str = PARAMETERS
     robust: bool = False
     even_words: bool = False
+    compare: bool | None = None
 
     def check(self) -> None:
         """Raise UsageError where options contradict each other."""
@@ -44,6 +46,7 @@ class Samples:
         if self.calibration is None:
             given |= {"--robust": self.robust or None, "--even-words": self.even_words or None}
         given |= {"--sequential": self.sequential or None, "--refine": self.refine}
+        given |= {"--compare": self.compare or None, "--no-compare": self.compare is False or None}
         given |= {f"--sensitivity {self.sensitivity}": (self.sensitivity != PARAMETERS) or None}
         idle = [option for option, value in given.items() if value is not None]
         if idle and self.calibrate is None:
@@ -56,6 +59,7 @@ class Samples:
             said = {"calibrate": Path(self.calibrate).name, "samples": self.samples or SAMPLES}
             said |= {"max_length": self.max_length or MAX_LENGTH, "gradients": self.gradients}
             said |= {"sequential": self.sequential, "refine": self.refine, "sensitivity": self.sensitivity}
+            said |= {} if self.compare is None else {"compare": self.compare}
         elif self.calibration is not None:
             said = {"calibration": self.calibration.name}
         if said:
@@ -63,9 +67,19 @@ class Samples:
         return said
 
     def collect(
-        self, model: "PreTrainedModel", folder: Path, *, seed: int, on_progress: "OnProgress | None" = None
+        self,
+        model: "PreTrainedModel",
+        folder: Path,
+        *,
+        seed: int,
+        planning: bool = True,
+        on_progress: "OnProgress | None" = None,
     ) -> dict[str, Any]:
-        """Arguments for `compresskit.compress` and `apply`: the calibration, and how layers are fitted to it."""
+        """Arguments for `compresskit.compress` and `apply`: the calibration, and how layers are fitted to it.
+
+        Args:
+            planning: a plan is to be made; what only that takes is left out otherwise.
+        """
         from compresskit.calibration import Refine, balanced, load_calibration, measure_sensitivities
 
         if self.calibration is not None:
@@ -77,10 +91,13 @@ class Samples:
         size = {"samples": self.samples or SAMPLES, "max_length": self.max_length or MAX_LENGTH, "seed": seed}
         made = collect(model, folder, self.calibrate, gradients=self.gradients, on_progress=on_progress, **size)
         found: dict[str, Any] = {"calibration": self._weighed(made), "robust": self.robust}
-        if not (self.sequential or self.refine or self.sensitivity != PARAMETERS):
+        compare = planning and self.compare is not False
+        if not (self.sequential or self.refine or self.sensitivity != PARAMETERS or compare):
             return found
         texts = batches(folder, self.calibrate, **size)
-        few = texts[: max(1, len(texts) // MEASURED_SHARE)]
+        few = texts[::MEASURED_SHARE]
+        if compare:
+            found["compare"] = few
         if self.sensitivity == SEARCHED:
             found["search"] = few
         elif self.sensitivity != PARAMETERS:
@@ -148,6 +165,12 @@ def calibration_options(function: F) -> F:
             default=PARAMETERS,
             help="What a layer's error counts: its parameters, what it does to the model's output on the texts, both, "
             "or what makes the best of some models.",
+        ),
+        click.option(
+            "--compare/--no-compare",
+            default=None,
+            help="Where a method chooses between others (auto), also make models of one of them alone and keep what "
+            "answers nearest on the texts. Default: yes.",
         ),
         click.option("--robust", is_flag=True, help="Expect inputs to be off, since layers before are compressed too."),
         click.option("--even-words", is_flag=True, help="All words count alike, not as often as the texts have them."),

@@ -35,6 +35,7 @@ STAGES = {
     "refine": "refining",
     "measure": "measuring",
     "search": "searching",
+    "rivals": "trying",
 }
 
 
@@ -152,6 +153,8 @@ def plan(plan: "Plan", *, calibrated: bool = False) -> None:
     front(plan.front)
     left_dense(plan.left)
     gap = "" if plan.gap is None else f"; at most {plan.gap:.2%} from the least possible loss"
+    if plan.compared:
+        say(f"By the model's answers on a part of the texts, relative errors: {compared(plan.compared)}.")
     say(f"Whole model: {count(plan.num_params)} -> {count(plan.params_after)} parameters, ratio {plan.ratio:.3f}{gap}.")
     say(f"Replaceable layers hold {plan.coverage:.1%} of the parameters.")
     say(f"Multiply-adds (MACs) per token in these layers: {count(plan.dense_macs)} -> {count(plan.macs)}.")
@@ -204,6 +207,12 @@ def _warn_little(report: "Report") -> None:
 def _others(alternatives: Sequence[tuple[str, float]], chosen: str, most: int = 2) -> str:
     """What other methods would have reached with as many parameters."""
     return ", ".join([f"{name} {error:.3f}" for name, error in alternatives if name != chosen][:most])
+
+
+def compared(errors: Sequence[tuple[str, float]]) -> str:
+    """What each plan's model was off by, the one that was taken first."""
+    (taken, least), *others = errors
+    return ", ".join([f"{taken} {least:.4f} (taken)", *(f"{name} {error:.4f}" for name, error in others)])
 
 
 def front(points: "Sequence[FrontPoint]") -> None:

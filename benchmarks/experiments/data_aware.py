@@ -12,12 +12,22 @@ from benchmarks.experiments.quality import STS_B, TEXTS
 from benchmarks.options import rule
 
 BATCH = 32
-HOWS = ("plain", "weighted", "robust", "gradients", "sequential", "sequential robust", "refined", "gradients refined")
+HOWS = (
+    "plain",
+    "weighted",
+    "compared",
+    "robust",
+    "gradients",
+    "sequential",
+    "sequential robust",
+    "refined",
+    "gradients refined",
+)
 ENCODER = "encoder.*"
 SENSITIVITIES = ("parameters", "balanced", "searched")
 SHARE = 4
-"""Sensitivities are measured or searched on one of so many texts."""
-KEPT = ("relative_error", "weighted_error", "params_after", "time_s")
+"""Sensitivities are measured or searched, and plans compared, on one of so many batches, all lengths among them."""
+KEPT = ("relative_error", "weighted_error", "params_after", "time_s", "compared")
 
 
 @final
@@ -27,6 +37,7 @@ class DataAware(Experiment):
 
     Args:
         fits: each a method of compresskit and how it is fitted (`svd weighted`), or a baseline (`svd-llm`, `asvd`).
+            `compared` is weighted, and of `auto` and the methods it chooses from the one whose model answers nearest.
             `robust` is weighted and expects inputs to be off; `sequential` is weighted and sequential; `refined` is
             refined as well; `gradients` weighs by gradients too.
         scope: `whole`: any layer, embeddings included, the ratio is that of the model. `encoder`: layers of the encoder
@@ -54,7 +65,7 @@ class DataAware(Experiment):
     rules: tuple[str, ...] = ()
 
     def run(self, data: Path | None) -> Outcome:
-        from benchmarks.embeddings import agreement, embed, read_sentences, read_sts_b
+        from benchmarks.embeddings import agreement, embed, rank_correlation, read_sentences, read_sts_b
         from benchmarks.models import load_model
         from compresskit.calibration import calibrate, read_batches
 
@@ -73,19 +84,23 @@ class DataAware(Experiment):
         moments = calibrate(dense, batches, samples=self.samples)
         calibrate_time_s = time.perf_counter() - started
         wanted = embed(dense, tokenizer, sentences)
+        pairs = [] if sts_b is None else sts_b.cosines(dense, tokenizer)
+        scored = None if sts_b is None else {"sts_b": rank_correlation(pairs, sts_b.scores), "pairs": len(pairs)}
         figures: dict[str, Any] = {
-            "dense": None if sts_b is None else {"sts_b": sts_b.spearman(dense, tokenizer), "pairs": len(sts_b.scores)},
+            "dense": scored,
             "calibration": {"time_s": calibrate_time_s, "tokens": moments.tokens, "memory_bytes": moments.memory_bytes},
             "fits": {},
         }
         weights = self._sensitivities(dense, moments, batches)
         for fit in self.fits:
             small, report = self._fit(dense, fit, moments, batches, weights)
-            figures["fits"][fit] = {
-                **report,
-                **agreement(embed(small, tokenizer, sentences), wanted),
-                "sts_b": None if sts_b is None else sts_b.spearman(small, tokenizer),
-            }
+            found: dict[str, float | None] = {"sts_b": None, "sts_b_agreement": None}
+            if sts_b is not None:
+                cosines = sts_b.cosines(small, tokenizer)
+                found = {
+                    name: rank_correlation(cosines, to) for name, to in zip(found, (sts_b.scores, pairs), strict=True)
+                }
+            figures["fits"][fit] = {**report, **agreement(embed(small, tokenizer, sentences), wanted), **found}
         return Outcome(figures, {} if sts_b is not None else {"sts_b": "no folder was given with --data"})
 
     def _fit(
@@ -122,7 +137,8 @@ class DataAware(Experiment):
             rules=[rule(text) for text in self.rules],
             calibration=None if how == "plain" else moments,
             sensitivities=sensitivities,
-            search=batches[: len(batches) // SHARE] if self.sensitivity == "searched" else None,
+            search=batches[::SHARE] if self.sensitivity == "searched" else None,
+            compare=batches[::SHARE] if how == "compared" else None,
             robust="robust" in how,
             samples=batches if in_order else None,
             sequential=in_order,
@@ -136,7 +152,7 @@ class DataAware(Experiment):
 
         if self.sensitivity != "balanced":
             return None
-        return balanced(model, measure_sensitivities(model, batches[: len(batches) // SHARE], moments))
+        return balanced(model, measure_sensitivities(model, batches[::SHARE], moments))
 
     def _budget(self, dense: Any) -> int:
         """Parameters that the whole compressed model may have."""

@@ -103,6 +103,10 @@ class Decomposition(ABC):
         """Who fits this structure: itself, unless it is one that chooses between others."""
         return self
 
+    def alone(self) -> Mapping[str, "Decomposition"]:
+        """By name of each method that it chooses between: the same with that one alone. Empty for one that does not."""
+        return {}
+
     def recovers(self, structure: Structure) -> bool:
         """Whether a weight that is exactly of this structure is fitted without error; false for a local search."""
         return True

@@ -73,8 +73,15 @@ class Auto(Decomposition):
         Raises:
             UnknownNameError: no such method.
         """
-        names = [name for name in decompositions() if name != self.name]
-        return _children(tuple(names if self.methods == ALL else dict.fromkeys(self.methods.split("+"))))
+        return _children(self._names())
+
+    def alone(self) -> Mapping[str, Decomposition]:
+        names = self._names()
+        return {name: Auto(methods=name) for name in names} if len(names) > 1 else {}
+
+    def _names(self) -> tuple[str, ...]:
+        every = (name for name in decompositions() if name != self.name)
+        return tuple(every if self.methods == ALL else dict.fromkeys(self.methods.split("+")))
 
     def fitter(self, structure: Structure) -> Decomposition:
         return next((child for child in self.children() if isinstance(structure, child.structures)), self)

@@ -76,6 +76,7 @@ class Report:
         corrected_biases: biases that took up the mean error of their layer.
         calibration: facts and warnings about the data that was fitted to, plain; None without.
         front: of the plan: what other sizes would lose.
+        compared: of the plan: what whole models of it and of others were off by.
     """
 
     sites: tuple[SiteReport, ...]
@@ -94,6 +95,7 @@ class Report:
     corrected_biases: int = 0
     calibration: Mapping[str, Any] | None = None
     front: tuple[FrontPoint, ...] = ()
+    compared: tuple[tuple[str, float], ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -137,7 +139,8 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Plain data, ratios included."""
         ratios = ("ratio", "site_ratio", "body_ratio", "bytes_ratio", "macs_ratio", "expected_speedup")
-        return {**{name: getattr(self, name) for name in ratios}, **dataclasses.asdict(self)}
+        plain = {**dataclasses.asdict(self), "compared": dict(self.compared)}
+        return {**{name: getattr(self, name) for name in ratios}, **plain}
 
 
 def apply_(
@@ -211,6 +214,7 @@ def apply_(
         corrected_biases=len(changes),
         calibration=calibration,
         front=plan.front,
+        compared=plan.compared,
     )
 
 

@@ -109,6 +109,9 @@ class Plan:
         gap: proven distance of the budget's loss from the least that the priced structures reach, as a share; None for
             a plan that was read.
         front: what other sizes would lose, the smallest first; empty where there was nothing to choose.
+        compared: relative errors of what whole models answered on samples, by name: `together` where each site has the
+            best of several methods, and with one of them alone; that of the plan itself first. Empty if nothing was
+            compared.
     """
 
     sites: tuple[PlannedSite, ...]
@@ -117,6 +120,7 @@ class Plan:
     coverage: float
     gap: float | None = None
     front: tuple[FrontPoint, ...] = ()
+    compared: tuple[tuple[str, float], ...] = ()
 
     @property
     def params_after(self) -> int:
@@ -160,6 +164,7 @@ class Plan:
             "coverage": self.coverage,
             "gap": self.gap,
             "front": [dataclasses.asdict(point) for point in self.front],
+            "compared": dict(self.compared),
             "sites": [_site_json(planned) for planned in self.sites],
             "left_dense": [dataclasses.asdict(refusal) for refusal in self.left],
         }

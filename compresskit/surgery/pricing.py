@@ -68,12 +68,29 @@ class Planned:
 
 @final
 @dataclass(frozen=True)
-class _Priced:
-    """A site with what it may become; `structures[0]` is None: it may stay dense.
+class _Known:
+    """What is known of a site.
 
     Args:
         prices: squared relative errors of all that was priced.
         energy: what a squared error is relative to.
+        analysis: worth its memory, or None.
+        fronts: of each method that was priced beside others.
+    """
+
+    site: Site
+    prices: Mapping[Structure, float]
+    energy: float
+    analysis: Analysis | None
+    fronts: Fronts
+
+
+@final
+@dataclass(frozen=True)
+class _Priced:
+    """A site with what it may become; `structures[0]` is None: it may stay dense.
+
+    Args:
         weight: what its squared relative error counts in the loss.
     """
 
@@ -81,18 +98,15 @@ class _Priced:
     decomposition: Decomposition
     structures: tuple[Structure | None, ...]
     errors: tuple[float, ...]
-    analysis: Analysis | None
-    fronts: Fronts
-    prices: Mapping[Structure, float]
-    energy: float
-    weight: float = 0.0
+    known: _Known
+    weight: float
 
     def choices(self) -> list[Choice]:
         pairs = zip(self.structures, self.errors, strict=True)
         return [choice_of(self.site, structure, error * self.weight) for structure, error in pairs]
 
 
-Known = dict[str, _Priced]
+Known = dict[str, _Known]
 """By site name what has been priced."""
 
 
@@ -129,7 +143,8 @@ def make_plan(
         importances: by site name, which errors matter.
         sensitivities: by site name, what a squared relative error of 1 costs the model; then they stand in place of the
             number of parameters, for all sites.
-        known: what has been priced for other sensitivities of the same call, and is not priced again; is added to.
+        known: what has been priced for other sensitivities, or by methods that choose from more, and is not priced
+            again; is added to.
 
     Raises:
         PlanError: a sensitivity is missing or negative.
@@ -153,21 +168,25 @@ def make_plan(
 
     known = {} if known is None else known
 
-    def weight_of(site: Site) -> float:
-        return site.num_params if sensitivities is None else sensitivities[site.name]
-
-    def price(asked: Asked) -> _Priced:
+    def price(asked: Asked) -> _Known:
         name = asked[0].name
-        return _price(model, *asked, (importances or {}).get(name), known.get(name), keep_all=keep_all)
+        return _price(model, *asked, (importances or {}).get(name), known.get(name))
 
     def price_all(stage: str, asked: Sequence[Asked]) -> list[_Priced]:
         new = [one for one in asked if one[0].name not in known or not known[one[0].name].prices.keys() >= {*one[2]}]
-        known.update((p.site.name, p) for p in _price_all(model, stage, new, price, on_progress))
-        return [dataclasses.replace(known[site.name], weight=weight_of(site)) for site, _ in assignment.chosen]
+        known.update((k.site.name, k) for k in _price_all(model, stage, new, price, on_progress))
+        return [
+            _offer(known[site.name], method, weight, keep_all=keep_all)
+            for site, method in assignment.chosen
+            for weight in [site.num_params if sensitivities is None else sensitivities[site.name]]
+        ]
 
     front: tuple[FrontPoint, ...]
     first = menus if max_params is None or limits.of_work else without_dear(assignment, menus, limits)
-    asked = [(site, method, first[site.name]) for site, method in assignment.chosen]
+    asked = [
+        (site, method, _without_new_dear(method, first[site.name], known.get(site.name)))
+        for site, method in assignment.chosen
+    ]
     priced = price_all("analyse", asked)
     if max_params is None:
         picks, gap, front = [(p, len(p.structures) - 1) for p in priced], 0.0, ()
@@ -181,7 +200,14 @@ def make_plan(
     if not planned:
         raise BudgetError(f"every site would stay dense: {_why_dense(dense)}")
     plan = Plan(planned, (*assignment.left, *dense), num_params, assignment.coverage, gap, front)
-    return Planned(plan, {p.site.name: p.analysis for p in priced if p.analysis is not None})
+    return Planned(plan, {p.site.name: p.known.analysis for p in priced if p.known.analysis is not None})
+
+
+def _without_new_dear(method: Decomposition, menu: Sequence[Structure], known: _Known | None) -> Sequence[Structure]:
+    """Where a site has prices, those that are dear and missing wait until the budget has said the size."""
+    if known is None:
+        return menu
+    return [s for s in menu if s in known.prices or not method.fitter(s).prices_dearly]
 
 
 def _dear_near(
@@ -199,7 +225,7 @@ def _dear_near(
         if centre / MOVED <= size <= centre * MOVED:
             continue
         centres[site.name] = size
-        if new := [s for s in near_size(menus[site.name], size) if s not in priced.prices]:
+        if new := [s for s in near_size(menus[site.name], size) if s not in priced.known.prices]:
             asked.append((site, priced.decomposition, new))
     return asked
 
@@ -233,14 +259,14 @@ def _price_all(
     model: nn.Module,
     stage: str,
     asked: Sequence[Asked],
-    price: Callable[[Asked], _Priced],
+    price: Callable[[Asked], _Known],
     on_progress: OnProgress | None,
-) -> list[_Priced]:
+) -> list[_Known]:
     total, numbers = len(asked), itertools.count(1)
 
-    def show(priced: _Priced) -> None:
+    def show(known: _Known) -> None:
         if on_progress is not None:
-            on_progress(Progress(stage, priced.site.name, next(numbers), total))
+            on_progress(Progress(stage, known.site.name, next(numbers), total))
 
     device = next(model.parameters()).device
     return map_in_threads(price, asked, device=device, on_done=show, size=lambda one: one[0].num_params)
@@ -252,12 +278,9 @@ def _price(
     decomposition: Decomposition,
     menu: Sequence[Structure],
     importance: Importance | None,
-    before: _Priced | None,
-    *,
-    keep_all: bool,
-) -> _Priced:
-    """Prices of a menu, beside those of `before`. Unless all are kept, only what loses less than everything smaller: no
-    other can be chosen."""
+    before: _Known | None,
+) -> _Known:
+    """Prices of a menu, beside those of `before`."""
     prices = dict(before.prices) if before else {}
     menu = [structure for structure in menu if structure not in prices]
     weight = site_weight(model, site)
@@ -269,15 +292,22 @@ def _price(
         energy = squared_norm(matrix) if importance is None else importance.squared_norm(matrix)
     squared = analysis.squared_errors(menu)
     prices.update((s, 0.0 if energy == 0 else error / energy) for s, error in zip(menu, squared, strict=True))
-    menu, errors = list(prices), list(prices.values())
-    fronts = fronts_of(decomposition, menu, errors)
-    kept = [i for i, error in enumerate(errors) if math.isfinite(error)]
-    if not keep_all:
-        kept = [kept[j] for j in undominated([menu[i].num_params for i in kept], [errors[i] for i in kept])]
-    structures, losses = tuple(menu[i] for i in kept), tuple(errors[i] for i in kept)
+    kinds = decomposition.structures
+    own = [s for s in prices if isinstance(s, kinds)]
+    fronts = {**(before.fronts if before else {}), **fronts_of(decomposition, own, [prices[s] for s in own])}
     same_memory = matrix.data_ptr() == weight.data_ptr()  # a widened copy of every weight would double the memory
-    analysis_kept = analysis if same_memory else None
-    return _Priced(site, decomposition, (None, *structures), (0.0, *losses), analysis_kept, fronts, prices, energy)
+    return _Known(site, prices, energy, analysis if same_memory else None, fronts)
+
+
+def _offer(known: _Known, decomposition: Decomposition, weight: float, *, keep_all: bool) -> _Priced:
+    """What a method offers of what was priced. Unless all is kept, only what loses less than everything smaller: no
+    other can be chosen."""
+    kinds = decomposition.structures
+    kept = [(s, e) for s, e in known.prices.items() if isinstance(s, kinds) and math.isfinite(e)]
+    if not keep_all:
+        kept = [kept[i] for i in undominated([s.num_params for s, _ in kept], [e for _, e in kept])]
+    structures, errors = (None, *(s for s, _ in kept)), (0.0, *(e for _, e in kept))
+    return _Priced(known.site, decomposition, structures, errors, known, weight)
 
 
 def _solve(
@@ -336,7 +366,10 @@ def _sort_picks(picks: Sequence[tuple[_Priced, int]]) -> tuple[tuple[PlannedSite
             dense.append(Refusal(priced.site.name, priced.site.num_params, reason))
         else:
             error = math.sqrt(max(priced.errors[pick], 0.0))
-            fitter, others = priced.decomposition.fitter(structure), best_within(priced.fronts, structure.num_params)
+            fitter, others = (
+                priced.decomposition.fitter(structure),
+                best_within(priced.known.fronts, structure.num_params),
+            )
             planned.append(PlannedSite(priced.site, fitter, structure, error, others))
     return tuple(planned), dense
 

@@ -48,6 +48,7 @@ def command(
     max_length: int | None,
     gradients: bool,
     sensitivity: str,
+    compare: bool | None,
     robust: bool,
     even_words: bool,
     calibration: Path | None,
@@ -73,11 +74,22 @@ def command(
 
     options = Choice(**choice)
     texts = Samples(
-        calibrate, samples, max_length, gradients, calibration, sequential, refine, sensitivity, robust, even_words
+        calibrate,
+        samples,
+        max_length,
+        gradients,
+        calibration,
+        sequential,
+        refine,
+        sensitivity,
+        robust,
+        even_words,
+        compare,
     )
     texts.check()
-    if plan_file is not None and sensitivity != PARAMETERS:
-        raise click.UsageError("--plan says what becomes of each layer: --sensitivity has no say in it")
+    if plan_file is not None and (sensitivity != PARAMETERS or compare is not None):
+        option = "--compare" if sensitivity == PARAMETERS else "--sensitivity"
+        raise click.UsageError(f"--plan says what becomes of each layer: {option} has no say in it")
     arguments = None
     if plan_file is None:
         arguments = options.arguments()
@@ -92,7 +104,7 @@ def command(
     dense = time_dense(loaded, measure)
     with render.progress_bar() as on_progress:
         plan = None if arguments is not None else plan_from_json(data, loaded)
-        how = texts.collect(loaded, folder, seed=seed, on_progress=on_progress)
+        how = texts.collect(loaded, folder, seed=seed, planning=plan is None, on_progress=on_progress)
         how |= {"on_progress": on_progress, "provenance": provenance}
         report = compress(loaded, **(arguments or {}), **how) if plan is None else apply(loaded, plan, **how)
     card = model_card(
@@ -161,7 +173,7 @@ def _provenance(
 
 def _facts(report: "Report") -> list[tuple[str, str]]:
     """The report in short, for the screen and for the model card."""
-    from compresskit_cli.render import count, size
+    from compresskit_cli.render import compared, count, size
 
     return [
         ("parameters", f"{count(report.params_before)} -> {count(report.params_after)}"),
@@ -175,6 +187,7 @@ def _facts(report: "Report") -> list[tuple[str, str]]:
         ("expected speed-up of replaced layers", f"{report.expected_speedup:.2f} (128 tokens, two CPU cores)"),
         ("relative error of replaced weights", f"{report.relative_error:.4f}"),
         *([] if report.weighted_error is None else [("relative error of outputs", f"{report.weighted_error:.4f}")]),
+        *([("compared by the model's answers, errors", compared(report.compared))] if report.compared else []),
     ]
 
 

@@ -38,6 +38,7 @@ def command(
     max_length: int | None,
     gradients: bool,
     sensitivity: str,
+    compare: bool | None,
     robust: bool,
     even_words: bool,
     calibration: Path | None,
@@ -63,6 +64,7 @@ def command(
         sensitivity=sensitivity,
         robust=robust,
         even_words=even_words,
+        compare=compare,
     )
     texts.check()
     for path, kind in ((output, "JSON"), (plot, "SVG")):

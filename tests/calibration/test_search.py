@@ -60,5 +60,5 @@ def test_a_shape_whose_errors_are_hidden_gets_less():
 
 
 def test_without_samples_it_says_so():
-    with pytest.raises(CalibrationError, match="searched on samples"):
+    with pytest.raises(CalibrationError, match="tried on samples"):
         compresskit.plan(build("bert"), "svd", ratio=1.3, search=[], **LINEAR)

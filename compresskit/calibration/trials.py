@@ -1,0 +1,126 @@
+"""Plans on trial: compressed models, and how far what they answer on samples is from the dense one."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import final
+
+from torch import nn
+
+from compresskit.calibration.answers import Answers
+from compresskit.calibration.data import Batch
+from compresskit.calibration.weights import expecting_errors
+from compresskit.core.decomposition import Analysis
+from compresskit.core.importance import Importance
+from compresskit.core.structure import Structure
+from compresskit.errors import CalibrationError
+from compresskit.surgery.apply import SiteFit, apply_, fit_site
+from compresskit.surgery.parallel import map_in_threads
+from compresskit.surgery.plan import PlannedSite
+from compresskit.surgery.pricing import Planned
+
+FitKey = tuple[str, Structure, float]
+"""Site, structure, and the noise that the fit expects."""
+
+
+@final
+@dataclass(frozen=True)
+class Found:
+    """The best plan that was tried, its fits by site name, and the squared relative error of its answers."""
+
+    planned: Planned
+    fits: Mapping[str, SiteFit]
+    squared_error: float
+
+    def saying(self, compared: Mapping[str, float]) -> "Found":
+        """The same, its plan saying what it was compared with."""
+        plan = replace(self.planned.plan, compared=tuple(compared.items()))
+        return replace(self, planned=replace(self.planned, plan=plan))
+
+
+@final
+class Trials:
+    """Compressed models and their errors. Errors are remembered, and the fits of the best and of the last model.
+
+    Takes the memory of the factors of three compressed models; what stays dense is shared.
+
+    Args:
+        batches: samples, as `list(read_batches(...))`.
+        importances: by site name; what fits go by.
+        robust: fit for inputs that are off, as `expecting_errors` says.
+        margin: a later plan counts as better where its squared error is more than so many times smaller.
+
+    Raises:
+        CalibrationError: no samples, or the model returns neither a last hidden state nor logits.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        importances: Mapping[str, Importance],
+        *,
+        robust: bool = False,
+        margin: float = 1.0,
+    ) -> None:
+        if not batches:
+            raise CalibrationError("models are tried on samples: give batches, as list(read_batches(...))")
+        self._model, self._importances, self._robust, self._margin = model, importances, robust, margin
+        self._best: dict[FitKey, SiteFit] = {}
+        self._last: dict[FitKey, SiteFit] = {}
+        self._errors: dict[frozenset[tuple[str, Structure]], float] = {}
+        self._found: Found | None = None
+        self._answers = Answers(model, batches)
+
+    @property
+    def number(self) -> int:
+        """Models that were compressed."""
+        return len(self._errors)
+
+    @property
+    def found(self) -> Found:
+        """The best so far; of equals the first."""
+        assert self._found is not None, "nothing has been tried"
+        return self._found
+
+    def squared_error(self, planned: Planned) -> float:
+        """Squared relative error of the answers on the samples."""
+        key = frozenset((site.site.name, site.structure) for site in planned.plan.sites)
+        if key not in self._errors:
+            self._errors[key] = self._try(planned)
+        return self._errors[key]
+
+    def _try(self, planned: Planned) -> float:
+        plan, device = planned.plan, next(self._model.parameters()).device
+        importances = expecting_errors(self._importances, plan) if self._robust else self._importances
+        analyses = {} if self._robust else planned.analyses
+
+        def fit(site: PlannedSite) -> tuple[FitKey, SiteFit]:
+            return self._fit(site, importances.get(site.site.name), analyses.get(site.site.name))
+
+        self._last = dict(
+            map_in_threads(fit, plan.sites, device=device, on_done=_ignore, size=lambda site: site.site.num_params)
+        )
+        fits = {name: fit for (name, _, _), fit in self._last.items()}
+        small = _sharing_copy(self._model)
+        apply_(small, plan, importances=importances, fits=fits)
+        error = self._answers.squared_error(small)
+        if self._found is None or error * self._margin < self._found.squared_error:
+            self._best, self._found = self._last, Found(planned, fits, error)
+        return error
+
+    def _fit(
+        self, planned: PlannedSite, importance: Importance | None, analysis: Analysis | None
+    ) -> tuple[FitKey, SiteFit]:
+        key = (planned.site.name, planned.structure, 0.0 if importance is None else importance.noise)
+        known = self._last.get(key) or self._best.get(key)
+        return key, known or fit_site(self._model, planned, importance, analysis)
+
+
+def _ignore(_: object) -> None:
+    """Trials are shown as whole models, not their layers."""
+
+
+def _sharing_copy(model: nn.Module) -> nn.Module:
+    """A copy whose matrices are the model's own: they are replaced, and never written to. Biases are written to."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters() if p.dim() > 1})
