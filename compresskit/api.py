@@ -286,7 +286,7 @@ def _plan(
     weights = {site.name: float(site.num_params) for site, _ in assignment.chosen}
     found = None
     if search is not None:
-        trials = Trials(model, search, importances, robust=robust)
+        trials = Trials(model, search, importances, robust=robust, on_progress=on_progress)
         sensitivities = search_sensitivities(
             model, lambda some: plan_for(assignment, some), trials, sensitivities or weights, on_progress=on_progress
         )
@@ -295,7 +295,7 @@ def _plan(
     if compare is not None:
         rivals = rivals_of(planned, assignment, sensitivities or weights, lambda other: plan_for(other, sensitivities))
         if rivals:
-            trials = Trials(model, compare, importances, robust=robust, margin=MARGIN)
+            trials = Trials(model, compare, importances, robust=robust, margin=MARGIN, on_progress=on_progress)
             errors = compare_plans(trials, planned, rivals, on_progress=on_progress)
             found = trials.found.saying(errors)
     return (planned, None) if found is None else (found.planned, found.fits)

@@ -46,7 +46,7 @@ class CalibrationCost(Experiment):
         moments = compresskit.calibrate(model, batches, samples=self.samples)
         calibrated = time.perf_counter()
         after_pass = _peak_bytes()
-        report = compresskit.compress(model, self.method, ratio=self.ratio, calibration=moments)
+        report = compresskit.compress(model, self.method, ratio=self.ratio, calibration=moments, compare=batches[::4])
         return Outcome(
             {
                 "calibrate_time_s": calibrated - started,

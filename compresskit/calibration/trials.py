@@ -1,6 +1,7 @@
 """Plans on trial: compressed models, and how far what they answer on samples is from the dense one."""
 
 import copy
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import final
@@ -17,7 +18,7 @@ from compresskit.errors import CalibrationError
 from compresskit.surgery.apply import SiteFit, apply_, fit_site
 from compresskit.surgery.parallel import map_in_threads
 from compresskit.surgery.plan import PlannedSite
-from compresskit.surgery.pricing import Planned
+from compresskit.surgery.pricing import OnProgress, Planned, Progress
 
 FitKey = tuple[str, Structure, float]
 """Site, structure, and the noise that the fit expects."""
@@ -48,10 +49,11 @@ class Trials:
         batches: samples, as `list(read_batches(...))`.
         importances: by site name; what fits go by.
         robust: fit for inputs that are off, as `expecting_errors` says.
+        on_progress: called after each fit.
         margin: a later plan counts as better where its squared error is more than so many times smaller.
 
     Raises:
-        CalibrationError: no samples, or the model returns neither a last hidden state nor logits.
+        CalibrationError: no samples, or the model returns no tensor to compare by.
     """
 
     def __init__(
@@ -62,10 +64,12 @@ class Trials:
         *,
         robust: bool = False,
         margin: float = 1.0,
+        on_progress: OnProgress | None = None,
     ) -> None:
         if not batches:
             raise CalibrationError("models are tried on samples: give batches, as list(read_batches(...))")
         self._model, self._importances, self._robust, self._margin = model, importances, robust, margin
+        self._on_progress = on_progress
         self._best: dict[FitKey, SiteFit] = {}
         self._last: dict[FitKey, SiteFit] = {}
         self._errors: dict[frozenset[tuple[str, Structure]], float] = {}
@@ -98,8 +102,15 @@ class Trials:
         def fit(site: PlannedSite) -> tuple[FitKey, SiteFit]:
             return self._fit(site, importances.get(site.site.name), analyses.get(site.site.name))
 
+        numbers = itertools.count(1)
+
+        def show(fitted: tuple[FitKey, SiteFit]) -> None:
+            (name, *_), fit = fitted
+            if self._on_progress is not None:
+                self._on_progress(Progress("fit", name, next(numbers), len(plan.sites), fit.fitted.relative_error))
+
         self._last = dict(
-            map_in_threads(fit, plan.sites, device=device, on_done=_ignore, size=lambda site: site.site.num_params)
+            map_in_threads(fit, plan.sites, device=device, on_done=show, size=lambda site: site.site.num_params)
         )
         fits = {name: fit for (name, _, _), fit in self._last.items()}
         small = _sharing_copy(self._model)
@@ -115,10 +126,6 @@ class Trials:
         key = (planned.site.name, planned.structure, 0.0 if importance is None else importance.noise)
         known = self._last.get(key) or self._best.get(key)
         return key, known or fit_site(self._model, planned, importance, analysis)
-
-
-def _ignore(_: object) -> None:
-    """Trials are shown as whole models, not their layers."""
 
 
 def _sharing_copy(model: nn.Module) -> nn.Module:

@@ -20,9 +20,11 @@ TABLES = (
     ),
     (
         *("tucker plain", "tucker weighted", "tucker robust", "monarch weighted", "blast weighted", "svd weighted"),
-        "auto weighted",
+        *("auto weighted", "auto compared"),
     ),
 )
+FAMILIES = tuple(f"{name} weighted" for name in ("kronecker", "tucker", "monarch", "blast", "svd", "auto"))
+"""Whose agreement with the dense model on the pairs of STS-B is said, before that of `auto compared`."""
 
 
 def results_of(suite):
@@ -101,6 +103,18 @@ def data_aware_rows(results):
     ]
 
 
+def agreement_rows(results):
+    """One row for each part and ratio that all families were measured at in one run."""
+    rows = []
+    for result in results:
+        fits, configuration = result["figures"]["fits"], result["configuration"]
+        if fits.keys() >= {*FAMILIES, "auto compared"}:
+            part = {"whole": "whole model", "encoder": "encoder alone"}[configuration["scope"]]
+            cells = [f"{fits[name]['sts_b_agreement']:.3f}" for name in (*FAMILIES, "auto compared")]
+            rows.append(line_of([f"{part}, {configuration['ratio']:g}", *cells]))
+    return rows
+
+
 def test_every_result_of_corpus_distillation_is_a_row_and_there_is_no_other():
     results = results_of("corpus-distill")
     assert results
@@ -174,4 +188,4 @@ def test_every_data_aware_fit_that_was_measured_is_in_the_table_and_no_other():
     results = results_of("data-aware")
     assert results
     rows = rows_below("With some texts, without training", ("whole model", "encoder alone"))
-    assert sorted(rows) == sorted(data_aware_rows(results))
+    assert sorted(rows) == sorted([*data_aware_rows(results), *agreement_rows(results)])
