@@ -67,7 +67,8 @@ def without_dear(
 
 
 def near_size(structures: Sequence[Structure], size: int) -> list[Structure]:
-    """Those of about so many parameters."""
+    """Those of about so many parameters; where all have fewer, of about as many as the largest."""
+    size = min(size, max((s.num_params for s in structures), default=size))
     return [s for s in structures if size / NEAR <= s.num_params <= size * NEAR]
 
 

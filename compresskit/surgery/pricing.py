@@ -213,9 +213,10 @@ def _without_new_dear(method: Decomposition, menu: Sequence[Structure], known: _
 def _dear_near(
     picks: Sequence[tuple[_Priced, int]], menus: Mapping[str, Sequence[Structure]], centres: dict[str, int]
 ) -> list[Asked]:
-    """What has no price and is near the size of a site's pick, unless that has hardly moved from `centres`.
+    """What has no price, is dear and near the size of a site's pick, unless that has hardly moved from `centres`.
 
-    Brings these up to date.
+    Brings these up to date. Where the pick is the dense weight, the largest structures are the nearest: without their
+    prices it would stay dense.
     """
     asked: list[Asked] = []
     for priced, pick in picks:
@@ -225,7 +226,8 @@ def _dear_near(
         if centre / MOVED <= size <= centre * MOVED:
             continue
         centres[site.name] = size
-        if new := [s for s in near_size(menus[site.name], size) if s not in priced.known.prices]:
+        dear = [s for s in menus[site.name] if priced.decomposition.fitter(s).prices_dearly]
+        if new := [s for s in near_size(dear, size) if s not in priced.known.prices]:
             asked.append((site, priced.decomposition, new))
     return asked
 

@@ -140,6 +140,28 @@ def test_dear_prices_near_the_first_choice_are_enough(monkeypatch, ratio, unifor
     assert losses[0] <= losses[1] * (1 + max(near.gap, whole.gap) + 1e-6)
 
 
+def test_a_weight_that_is_dense_at_first_is_priced_with_the_largest_of_a_dear_method(monkeypatch):
+    """It may have nothing near the dense size, as that would be slow: its largest structures are the nearest then."""
+    model = model_of([(96, 96), (96, 96)])
+    blocks = [torch.linalg.qr(normal(24, 24, seed=seed))[0] for seed in range(4)]
+    model[1].weight.data = torch.block_diag(*blocks).float()  # no rank can be spared, and blocks are all there is
+    method = type(registry.decomposition("blast"))
+    menu = method.menu
+
+    def small(self, *shape, **how):
+        return [structure for structure in menu(self, *shape, **how) if structure.num_params < 5000]
+
+    monkeypatch.setattr(method, "menu", small)
+    options = {"ratio": 1.6, "allow_slower": True}
+    without = compresskit.plan(model, "svd", **options)
+    assert [p.site.name for p in without.sites] == ["0"], "the case needs a weight that the others leave dense"
+    near = compresskit.plan(model, Auto(methods="svd+blast"), **options)
+    monkeypatch.setattr(method, "prices_dearly", False)
+    whole = compresskit.plan(model, Auto(methods="svd+blast"), **options)
+    losses = [sum(p.expected_error**2 * p.site.num_params for p in plan.sites) for plan in (near, whole, without)]
+    assert losses[0] <= losses[1] * (1 + max(near.gap, whole.gap) + 1e-6) < losses[2]
+
+
 def test_where_the_others_are_too_large_the_smallest_of_a_dear_method_is_priced_at_once(monkeypatch):
     model = model_of([(96, 96)])
     monkeypatch.setattr(type(registry.decomposition("svd")), "prices_dearly", True)
