@@ -284,18 +284,19 @@ def _plan(
         )
 
     weights = {site.name: float(site.num_params) for site, _ in assignment.chosen}
-    found = None
+    how: dict[str, Any] = {"robust": robust, "on_progress": on_progress}
+    trials = None
     if search is not None:
-        trials = Trials(model, search, importances, robust=robust, on_progress=on_progress)
+        trials = Trials(model, search, importances, **how)
         sensitivities = search_sensitivities(
             model, lambda some: plan_for(assignment, some), trials, sensitivities or weights, on_progress=on_progress
         )
-        found = trials.found
+    found = None if trials is None else trials.found
     planned = plan_for(assignment, sensitivities) if found is None else found.planned
     if compare is not None:
         rivals = rivals_of(planned, assignment, sensitivities or weights, lambda other: plan_for(other, sensitivities))
         if rivals:
-            trials = Trials(model, compare, importances, robust=robust, margin=MARGIN, on_progress=on_progress)
+            trials = Trials(model, compare, importances, before=trials, margin=MARGIN, **how)
             errors = compare_plans(trials, planned, rivals, on_progress=on_progress)
             found = trials.found.saying(errors)
     return (planned, None) if found is None else (found.planned, found.fits)

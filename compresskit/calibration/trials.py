@@ -50,6 +50,7 @@ class Trials:
         importances: by site name; what fits go by.
         robust: fit for inputs that are off, as `expecting_errors` says.
         on_progress: called after each fit.
+        before: other trials of this model and these importances; what the best of them fitted is not fitted again.
         margin: a later plan counts as better where its squared error is more than so many times smaller.
 
     Raises:
@@ -63,6 +64,7 @@ class Trials:
         importances: Mapping[str, Importance],
         *,
         robust: bool = False,
+        before: "Trials | None" = None,
         margin: float = 1.0,
         on_progress: OnProgress | None = None,
     ) -> None:
@@ -70,7 +72,7 @@ class Trials:
             raise CalibrationError("models are tried on samples: give batches, as list(read_batches(...))")
         self._model, self._importances, self._robust, self._margin = model, importances, robust, margin
         self._on_progress = on_progress
-        self._best: dict[FitKey, SiteFit] = {}
+        self._best: dict[FitKey, SiteFit] = {} if before is None else before._best
         self._last: dict[FitKey, SiteFit] = {}
         self._errors: dict[frozenset[tuple[str, Structure]], float] = {}
         self._found: Found | None = None

@@ -368,10 +368,8 @@ def _sort_picks(picks: Sequence[tuple[_Priced, int]]) -> tuple[tuple[PlannedSite
             dense.append(Refusal(priced.site.name, priced.site.num_params, reason))
         else:
             error = math.sqrt(max(priced.errors[pick], 0.0))
-            fitter, others = (
-                priced.decomposition.fitter(structure),
-                best_within(priced.known.fronts, structure.num_params),
-            )
+            fitter = priced.decomposition.fitter(structure)
+            others = best_within(priced.known.fronts, structure.num_params)
             planned.append(PlannedSite(priced.site, fitter, structure, error, others))
     return tuple(planned), dense
 

@@ -79,12 +79,12 @@ def command(
         max_length,
         gradients,
         calibration,
-        sequential,
-        refine,
-        sensitivity,
-        robust,
-        even_words,
-        compare,
+        sequential=sequential,
+        refine=refine,
+        sensitivity=sensitivity,
+        robust=robust,
+        even_words=even_words,
+        compare=compare,
     )
     texts.check()
     if plan_file is not None and (sensitivity != PARAMETERS or compare is not None):

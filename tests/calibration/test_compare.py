@@ -125,3 +125,13 @@ def test_the_plan_says_what_it_was_compared_with():
     said = trials.found.saying({"a": 0.5})
     assert said.planned.plan.compared == (("a", 0.5),)
     assert dataclasses.replace(said.planned.plan, compared=()) == trials.found.planned.plan
+
+
+def test_what_trials_before_have_fitted_is_not_fitted_again(monkeypatch):
+    dense = build("bert").eval()
+    moments = calibrate(dense, samples())
+    importances = importances_of(moments, dense)
+    planned, trials = _planned(dense, moments), Trials(dense, samples(1), importances)
+    error = trials.squared_error(planned)
+    monkeypatch.setattr("compresskit.calibration.trials.fit_site", pytest.fail)
+    assert Trials(dense, samples(1), importances, before=trials).squared_error(planned) == error
