@@ -1,6 +1,7 @@
 """Work on several sites at a time: in order, all or nothing, and torch keeps its threads."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -94,6 +95,7 @@ def test_an_error_stops_what_has_not_begun(threads, where, error):
         begun.append(item)
         if where == "work" and item == 2:
             raise error("enough")
+        time.sleep(0.001)  # all of them: seconds, which this thread has to be told in
         return item
 
     def report(item):
