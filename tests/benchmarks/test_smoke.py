@@ -50,7 +50,7 @@ def test_smoke_suite_runs_once_and_reports(tmp_path):
     folders = ("--suites", suites, "--results", results)
 
     work = ("--work", tmp_path / "work")
-    first = benchmarks("run", "smoke", *folders, *work)
+    first = benchmarks("run", "smoke", *folders, *work, "--jobs", 1)  # forks: each has its libraries at once
     assert first.returncode == 0, first.stdout + first.stderr
     files = sorted((results / "smoke").iterdir())
     assert [file.stem for file in files] == sorted(SMOKE)
