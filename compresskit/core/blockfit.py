@@ -26,6 +26,8 @@ SHAKE = 0.03
 """Noise that a start is given, as a share of each component's size."""
 MANY = 64
 """From so many right-hand sides on, multiplying with the inverse takes half of the time of solving for them."""
+AT_ONCE = 2**20
+"""Entries of Gram matrices that are made in one operation: with small blocks calls take longer than products."""
 PATIENCE = 4
 """So many times the rounds are made at most to reach an error that is asked for."""
 
@@ -334,7 +336,8 @@ def _own_grams(bases: Tensor, moment: Moment) -> Tensor:
 
 def _grams(own: Tensor, scales: Tensor) -> Tensor:
     """For each i, the sum over j of diag(s_ij) own_j diag(s_ij): scales (p, q, rank) -> (p, rank, rank)."""
-    return torch.stack([(own * s[:, :, None]).mul_(s[:, None]).sum(0) for s in scales])
+    parts = scales.split(max(1, AT_ONCE // own.numel()))
+    return torch.cat([(s[..., None] * own).mul_(s[:, :, None]).sum(1) for s in parts])
 
 
 def _solved(grams: Tensor, right_sides: Tensor) -> Tensor:

@@ -187,6 +187,9 @@ def make_plan(
         (site, method, _without_new_dear(method, first[site.name], known.get(site.name)))
         for site, method in assignment.chosen
     ]
+    for site, _ in assignment.chosen:  # what a search that may take minutes would find at its end
+        if site.name not in known:
+            as_matrix(site_weight(model, site), _named(site))
     priced = price_all("analyse", asked)
     if max_params is None:
         picks, gap, front = [(p, len(p.structures) - 1) for p in priced], 0.0, ()
@@ -274,6 +277,10 @@ def _price_all(
     return map_in_threads(price, asked, device=device, on_done=show, size=lambda one: one[0].num_params)
 
 
+def _named(site: Site) -> str:
+    return f"the weight of {site.name!r}"
+
+
 def _price(
     model: nn.Module,
     site: Site,
@@ -286,7 +293,7 @@ def _price(
     prices = dict(before.prices) if before else {}
     menu = [structure for structure in menu if structure not in prices]
     weight = site_weight(model, site)
-    matrix = as_matrix(weight, f"the weight of {site.name!r}")
+    matrix = as_matrix(weight, _named(site))
     analysis = (before and before.analysis) or decomposition.analyse_for(matrix, importance)
     if before:
         energy = before.energy

@@ -23,9 +23,10 @@ def test_weights_that_are_not_finite_are_named_and_nothing_changes(method, bad):
     model = build("bert")
     with torch.no_grad():
         model.get_submodule(LAST).weight[2, 7] = bad
-    before = snapshot(model)
+    before, steps = snapshot(model), []
     with pytest.raises(WeightError, match=f"the weight of '{LAST}' holds [01] NaN and [01] infinite values"):
-        compresskit.compress(model, method, ratio=2)
+        compresskit.compress(model, method, ratio=2, on_progress=steps.append)
+    assert steps == []  # before any search
     assert_unchanged(model, before)
 
 
