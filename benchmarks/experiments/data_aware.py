@@ -25,6 +25,7 @@ HOWS = (
 )
 ENCODER = "encoder.*"
 SENSITIVITIES = ("parameters", "balanced", "searched")
+KINDS_OF_TEXT = ("plain", "alike")
 SHARE = 4
 """Sensitivities are measured or searched, and plans compared, on one of so many batches, all lengths among them."""
 KEPT = ("relative_error", "weighted_error", "params_after", "time_s", "compared")
@@ -49,10 +50,12 @@ class DataAware(Experiment):
         sensitivity: what a layer's error counts: `parameters`, as many as it has; `balanced`, also by what it does
             to the model's output; `searched`, by what whole compressed models answer.
         rules: as on the command line, `PATTERN=METHOD:KEY=VALUE`, of fits by compresskit.
+        texts: `plain` text, or `alike`: the sentences of STS-B's train split, without their scores, none of them of
+            the dev split that models are scored on.
     """
 
     kind: ClassVar[str] = "data-aware"
-    later: ClassVar[tuple[str, ...]] = ("sensitivity", "rules")
+    later: ClassVar[tuple[str, ...]] = ("sensitivity", "rules", "texts")
 
     fits: tuple[str, ...]
     scope: str
@@ -63,21 +66,22 @@ class DataAware(Experiment):
     epochs: int = 10
     sensitivity: str = SENSITIVITIES[0]
     rules: tuple[str, ...] = ()
+    texts: str = KINDS_OF_TEXT[0]
 
     def run(self, data: Path | None) -> Outcome:
         from benchmarks.embeddings import agreement, embed, rank_correlation, read_sentences, read_sts_b
         from benchmarks.models import load_model
         from compresskit.calibration import calibrate, read_batches
 
-        if data is not None and not (data / TEXTS).is_dir():
-            raise ExperimentSkipped(f"the folder of --data has no folder {TEXTS} with texts to calibrate on")
         if self.scope not in ("whole", "encoder"):
             raise SuiteError(f"scope is whole or encoder, got {self.scope!r}")
         if self.sensitivity not in SENSITIVITIES:
             raise SuiteError(f"sensitivity is one of {', '.join(SENSITIVITIES)}, got {self.sensitivity!r}")
+        if self.texts not in KINDS_OF_TEXT:
+            raise SuiteError(f"texts are {' or '.join(KINDS_OF_TEXT)}, got {self.texts!r}")
         sentences, sts_b = read_sentences(), None if data is None else read_sts_b(data / STS_B)
         dense, tokenizer = load_model(self.model, seed=self.seed, sentences=sentences)
-        texts = sentences if data is None else data / TEXTS
+        texts = sentences if data is None else self._texts(data)
         size = {"samples": self.samples, "max_length": self.max_tokens, "batch_size": BATCH}
         batches = list(read_batches(texts, tokenizer, **size))
         started = time.perf_counter()
@@ -102,6 +106,19 @@ class DataAware(Experiment):
                 }
             figures["fits"][fit] = {**report, **agreement(embed(small, tokenizer, sentences), wanted), **found}
         return Outcome(figures, {} if sts_b is not None else {"sts_b": "no folder was given with --data"})
+
+    def _texts(self, data: Path) -> Any:
+        """What is calibrated on."""
+        from benchmarks.embeddings import read_sts_b
+
+        wanted = data / (TEXTS if self.texts == KINDS_OF_TEXT[0] else STS_B.with_name("train.tsv"))
+        if not wanted.exists():
+            missing = wanted.relative_to(data)
+            raise ExperimentSkipped(f"the folder of --data has no {missing} with texts to calibrate on")
+        if wanted.is_dir():
+            return wanted
+        train, dev = read_sts_b(wanted), read_sts_b(data / STS_B)
+        return sorted({*train.first, *train.second} - {*dev.first, *dev.second})
 
     def _fit(
         self, dense: Any, fit: str, moments: Any, batches: Any, sensitivities: Mapping[str, float] | None
