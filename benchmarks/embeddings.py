@@ -72,6 +72,12 @@ class StsB:
     scores: tuple[float, ...]
     sha256: str
 
+    def every(self, number: int) -> "StsB":
+        """So many of the pairs, evenly spread."""
+        take = [i * len(self.scores) // number for i in range(number)]
+        first, second, scores = (tuple(of[i] for i in take) for of in (self.first, self.second, self.scores))
+        return StsB(first, second, scores, self.sha256)  # type: ignore[arg-type]
+
     def spearman(self, model: nn.Module, tokenizer: Any) -> float:
         """Rank correlation of the cosines of embeddings with the scores, between -1 and 1."""
         return rank_correlation(self.cosines(model, tokenizer), self.scores)

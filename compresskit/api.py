@@ -11,7 +11,7 @@ from compresskit.calibration.compare import MARGIN, compare_plans
 from compresskit.calibration.data import Batch
 from compresskit.calibration.search import search_sensitivities
 from compresskit.calibration.sequential import fit_in_order
-from compresskit.calibration.trials import Trials
+from compresskit.calibration.trials import Judge, Trials
 from compresskit.calibration.weights import expecting_errors, importances_of
 from compresskit.core.decomposition import Decomposition
 from compresskit.core.importance import Importance
@@ -45,8 +45,8 @@ def compress(
     allow_slower: bool = False,
     calibration: Calibration | None = None,
     sensitivities: Mapping[str, float] | None = None,
-    search: Sequence[Batch] | None = None,
-    compare: Sequence[Batch] | None = None,
+    search: Sequence[Batch] | Judge | None = None,
+    compare: Sequence[Batch] | Judge | None = None,
     robust: bool = False,
     samples: Sequence[Batch] | None = None,
     sequential: bool = False,
@@ -79,10 +79,12 @@ def compress(
         sensitivities: by layer name, how much its squared relative error counts, from `measure_sensitivities`; by
             default as much as it has parameters.
         search: batches of samples to search on by how much more or less layers of each shape should count than that:
-            ten models or so are compressed, and that which answers nearest to the dense one on these is made.
+            ten models or so are compressed, and that which answers nearest to the dense one on these is made. Or a
+            function that says of a compressed model how wrong it is, at least 0, to go by that.
         compare: where the method chooses between several (`auto`): batches of samples on which its plan is compared
             with plans of one method alone, those that are expected to lose hardly more. One whose model answers
-            notably nearer to the dense one is made instead; the report says by how much each was off.
+            notably nearer to the dense one is made instead; the report says by how much each was off. Or such a
+            function: the plan is made whose model it says is least wrong.
         robust: fit for inputs that are off as much as the layers before are expected to answer wrongly. Structures are
             chosen as without. Worth a try where much is lost; measured, it helps some sizes and hurts others.
         samples: batches, as `list(read_batches(...))`, that `sequential` and `refine` run on; without `calibration`,
@@ -205,8 +207,8 @@ def plan(
     allow_slower: bool = False,
     calibration: Calibration | None = None,
     sensitivities: Mapping[str, float] | None = None,
-    search: Sequence[Batch] | None = None,
-    compare: Sequence[Batch] | None = None,
+    search: Sequence[Batch] | Judge | None = None,
+    compare: Sequence[Batch] | Judge | None = None,
     robust: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Plan:
@@ -249,8 +251,8 @@ def _plan(
     allow_slower: bool,
     importances: Mapping[str, Importance],
     sensitivities: Mapping[str, float] | None,
-    search: Sequence[Batch] | None,
-    compare: Sequence[Batch] | None,
+    search: Sequence[Batch] | Judge | None,
+    compare: Sequence[Batch] | Judge | None,
     robust: bool,
     on_progress: OnProgress | None,
 ) -> tuple[Planned, Mapping[str, SiteFit] | None]:
@@ -296,7 +298,8 @@ def _plan(
     if compare is not None:
         rivals = rivals_of(planned, assignment, sensitivities or weights, lambda other: plan_for(other, sensitivities))
         if rivals:
-            trials = Trials(model, compare, importances, before=trials, margin=MARGIN, **how)
+            margin = 1.0 if callable(compare) else MARGIN
+            trials = Trials(model, compare, importances, before=trials, margin=margin, **how)
             errors = compare_plans(trials, planned, rivals, on_progress=on_progress)
             found = trials.found.saying(errors)
     return (planned, None) if found is None else (found.planned, found.fits)

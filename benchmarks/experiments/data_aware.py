@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, final
@@ -16,6 +16,7 @@ HOWS = (
     "plain",
     "weighted",
     "compared",
+    "judged",
     "robust",
     "gradients",
     "sequential",
@@ -28,6 +29,8 @@ SENSITIVITIES = ("parameters", "balanced", "searched")
 KINDS_OF_TEXT = ("plain", "alike")
 SHARE = 4
 """Sensitivities are measured or searched, and plans compared, on one of so many batches, all lengths among them."""
+JUDGED_BY = 512
+"""Pairs of sentences of STS-B's train split by which a model is judged, without their scores."""
 KEPT = ("relative_error", "weighted_error", "params_after", "time_s", "compared")
 
 
@@ -39,6 +42,8 @@ class DataAware(Experiment):
     Args:
         fits: each a method of compresskit and how it is fitted (`svd weighted`), or a baseline (`svd-llm`, `asvd`).
             `compared` is weighted, and of `auto` and the methods it chooses from the one whose model answers nearest.
+            `judged` takes the one that agrees most with the dense model on the cosines of pairs of sentences, those of
+            STS-B's train split, without their scores.
             `robust` is weighted and expects inputs to be off; `sequential` is weighted and sequential; `refined` is
             refined as well; `gradients` weighs by gradients too.
         scope: `whole`: any layer, embeddings included, the ratio is that of the model. `encoder`: layers of the encoder
@@ -96,8 +101,9 @@ class DataAware(Experiment):
             "fits": {},
         }
         weights = self._sensitivities(dense, moments, batches)
+        judge = self._judge(dense, tokenizer, data) if any(fit.endswith(" judged") for fit in self.fits) else None
         for fit in self.fits:
-            small, report = self._fit(dense, fit, moments, batches, weights)
+            small, report = self._fit(dense, fit, moments, batches, weights, judge)
             found: dict[str, float | None] = {"sts_b": None, "sts_b_agreement": None}
             if sts_b is not None:
                 cosines = sts_b.cosines(small, tokenizer)
@@ -120,8 +126,26 @@ class DataAware(Experiment):
         train, dev = read_sts_b(wanted), read_sts_b(data / STS_B)
         return sorted({*train.first, *train.second} - {*dev.first, *dev.second})
 
+    def _judge(self, dense: Any, tokenizer: Any, data: Path | None) -> Callable[[Any], float]:
+        """How far a model is from the dense one's cosines of some pairs."""
+        from benchmarks.embeddings import StsB, rank_correlation, read_sentences, read_sts_b
+
+        if data is None:
+            first = read_sentences()
+            pairs = StsB(tuple(first), tuple(first[1:] + first[:1]), (0.0,) * len(first), "")
+        else:
+            pairs = read_sts_b(data / STS_B.with_name("train.tsv")).every(JUDGED_BY)
+        wanted = pairs.cosines(dense, tokenizer)
+        return lambda small: 1 - rank_correlation(pairs.cosines(small, tokenizer), wanted)
+
     def _fit(
-        self, dense: Any, fit: str, moments: Any, batches: Any, sensitivities: Mapping[str, float] | None
+        self,
+        dense: Any,
+        fit: str,
+        moments: Any,
+        batches: Any,
+        sensitivities: Mapping[str, float] | None,
+        judge: Callable[[Any], float] | None,
     ) -> tuple[Any, dict[str, Any]]:
         """A compressed copy, and what is kept of the report."""
         import compresskit
@@ -155,7 +179,7 @@ class DataAware(Experiment):
             calibration=None if how == "plain" else moments,
             sensitivities=sensitivities,
             search=batches[::SHARE] if self.sensitivity == "searched" else None,
-            compare=batches[::SHARE] if how == "compared" else None,
+            compare={"compared": batches[::SHARE], "judged": judge}.get(how),
             robust="robust" in how,
             samples=batches if in_order else None,
             sequential=in_order,

@@ -7,9 +7,11 @@ from compresskit.calibration.moments import Calibration, Use
 from compresskit.calibration.refine import Refine
 from compresskit.calibration.rotate import rotate_values_
 from compresskit.calibration.sensitivity import balanced, measure_sensitivities
+from compresskit.calibration.trials import Judge
 
 __all__ = [
     "Calibration",
+    "Judge",
     "Refine",
     "Use",
     "balanced",

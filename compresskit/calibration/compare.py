@@ -21,7 +21,8 @@ def compare_plans(
 ) -> dict[str, float]:
     """Relative errors of the answers of each model on the samples, by name; first that of the plan in `trials.found`.
 
-    With trials of this `MARGIN` that is the given one, unless a rival's model answers notably nearer.
+    With trials of this `MARGIN` that is the given one, unless a rival's model answers notably nearer. With trials by a
+    judge: how wrong it says that each is.
 
     Args:
         planned: the plan to compare.

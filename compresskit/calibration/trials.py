@@ -2,13 +2,16 @@
 
 import copy
 import itertools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
+import torch
 from torch import nn
 
 from compresskit.calibration.answers import Answers
+from compresskit.calibration.collect import undisturbed
 from compresskit.calibration.data import Batch
 from compresskit.calibration.weights import expecting_errors
 from compresskit.core.decomposition import Analysis
@@ -20,6 +23,8 @@ from compresskit.surgery.parallel import map_in_threads
 from compresskit.surgery.plan import PlannedSite
 from compresskit.surgery.pricing import OnProgress, Planned, Progress
 
+Judge = Callable[[nn.Module], float]
+"""How wrong a model is, at least 0, in whatever sense: what `compare` and `search` go by instead of answers."""
 FitKey = tuple[str, Structure, float]
 """Site, structure, and the noise that the fit expects."""
 
@@ -46,7 +51,8 @@ class Trials:
     Takes the memory of the factors of three compressed models; what stays dense is shared.
 
     Args:
-        batches: samples, as `list(read_batches(...))`.
+        by: samples, as `list(read_batches(...))`, on which answers are compared; or a function of one's own that says
+            how wrong a compressed model is. Its square then is the squared error.
         importances: by site name; what fits go by.
         robust: fit for inputs that are off, as `expecting_errors` says.
         on_progress: called after each fit.
@@ -54,13 +60,14 @@ class Trials:
         margin: a later plan counts as better where its squared error is more than so many times smaller.
 
     Raises:
-        CalibrationError: no samples, or the model returns no tensor to compare by.
+        CalibrationError: no samples, or the model returns no tensor to compare by; or the function gave no number of
+            at least 0.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        batches: Sequence[Batch],
+        by: Sequence[Batch] | Judge,
         importances: Mapping[str, Importance],
         *,
         robust: bool = False,
@@ -68,7 +75,7 @@ class Trials:
         margin: float = 1.0,
         on_progress: OnProgress | None = None,
     ) -> None:
-        if not batches:
+        if not callable(by) and not by:
             raise CalibrationError("models are tried on samples: give batches, as list(read_batches(...))")
         self._model, self._importances, self._robust, self._margin = model, importances, robust, margin
         self._on_progress = on_progress
@@ -76,7 +83,7 @@ class Trials:
         self._last: dict[FitKey, SiteFit] = {}
         self._errors: dict[frozenset[tuple[str, Structure]], float] = {}
         self._found: Found | None = None
-        self._answers = Answers(model, batches)
+        self._squared_error = _squared(by) if callable(by) else Answers(model, by).squared_error
 
     @property
     def number(self) -> int:
@@ -117,7 +124,7 @@ class Trials:
         fits = {name: fit for (name, _, _), fit in self._last.items()}
         small = _sharing_copy(self._model)
         apply_(small, plan, importances=importances, fits=fits)
-        error = self._answers.squared_error(small)
+        error = self._squared_error(small)
         if self._found is None or error * self._margin < self._found.squared_error:
             self._best, self._found = self._last, Found(planned, fits, error)
         return error
@@ -128,6 +135,19 @@ class Trials:
         key = (planned.site.name, planned.structure, 0.0 if importance is None else importance.noise)
         known = self._last.get(key) or self._best.get(key)
         return key, known or fit_site(self._model, planned, importance, analysis)
+
+
+def _squared(judge: Judge) -> Judge:
+    """The square of what a judge says."""
+
+    def squared(model: nn.Module) -> float:
+        with undisturbed(model), torch.no_grad():
+            said = float(judge(model))
+        if not (math.isfinite(said) and said >= 0):
+            raise CalibrationError(f"models are compared by how wrong they are, a number of at least 0; got {said}")
+        return said**2
+
+    return squared
 
 
 def _sharing_copy(model: nn.Module) -> nn.Module:

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 
 import pytest
+import torch
 
 import compresskit
 from compresskit.calibration import calibrate
@@ -135,3 +136,40 @@ def test_what_trials_before_have_fitted_is_not_fitted_again(monkeypatch):
     error = trials.squared_error(planned)
     monkeypatch.setattr("compresskit.calibration.trials.fit_site", pytest.fail)
     assert Trials(dense, samples(1), importances, before=trials).squared_error(planned) == error
+
+
+def test_a_judge_of_one_s_own_decides():
+    """Any number that says how wrong a model is: here the answer to one example alone."""
+    dense = build("bert").eval()
+    moments, (batch, *_), asked = calibrate(dense, samples()), samples(1), []
+
+    def judge(small):
+        assert not torch.is_grad_enabled()
+        assert not small.training
+        asked.append(output_error(small, dense, [batch]))
+        return asked[-1]
+
+    report = compresskit.compress(
+        dense_copy := copy.deepcopy(dense),
+        Auto(methods="monarch+tucker"),
+        ratio=2.5,
+        calibration=moments,
+        compare=judge,
+        **LINEAR,
+    )
+    assert len({*asked}) == len(asked) == 3
+    assert sorted(dict(report.compared).values()) == pytest.approx(sorted(asked))
+    assert report.compared[0][1] == pytest.approx(min(asked))
+    assert output_error(dense_copy, dense, [batch]) == pytest.approx(min(asked), rel=1e-4)
+    searched = copy.deepcopy(dense)
+    compresskit.compress(searched, "svd", ratio=2.5, calibration=moments, search=judge, **LINEAR)
+    assert output_error(searched, dense, [batch]) == pytest.approx(min(asked[len(report.compared) :]), rel=1e-4)
+
+
+@pytest.mark.parametrize("said", [-0.1, float("nan"), float("inf")])
+def test_a_judge_that_gives_no_measure_is_refused(said):
+    model = build("bert").eval()
+    before, moments = snapshot(model), calibrate(model, samples())
+    with pytest.raises(CalibrationError, match=r"a number of at least 0; got (-0\.1|nan|inf)"):
+        compresskit.compress(model, BOTH, ratio=2.5, calibration=moments, compare=lambda _: said, **LINEAR)
+    assert_unchanged(model, before)
