@@ -154,7 +154,7 @@ def plan(plan: "Plan", *, calibrated: bool = False) -> None:
     left_dense(plan.left)
     gap = "" if plan.gap is None else f"; at most {plan.gap:.2%} from the least possible loss"
     if plan.compared:
-        say(f"By the model's answers on a part of the texts, relative errors: {compared(plan.compared)}.")
+        say(f"Whole models compared, each wrong by: {compared(plan.compared)}.")
     say(f"Whole model: {count(plan.num_params)} -> {count(plan.params_after)} parameters, ratio {plan.ratio:.3f}{gap}.")
     say(f"Replaceable layers hold {plan.coverage:.1%} of the parameters.")
     say(f"Multiply-adds (MACs) per token in these layers: {count(plan.dense_macs)} -> {count(plan.macs)}.")

@@ -10,6 +10,7 @@ import click
 
 from compresskit_cli.calibration_options import PARAMETERS, Samples, calibration_options, sequential_options
 from compresskit_cli.command import Command
+from compresskit_cli.compare_options import TaskJudge, compare_options
 from compresskit_cli.options import Choice, choice_options, model_options, read_plan
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 @model_options
 @choice_options
 @calibration_options
+@compare_options
 @sequential_options
 @click.option(
     "--plan", "plan_file", type=click.Path(path_type=Path), help="Replay a plan that `compresskit plan` wrote."
@@ -49,6 +51,9 @@ def command(
     gradients: bool,
     sensitivity: str,
     compare: bool | None,
+    compare_by: str | None,
+    compare_data: str | None,
+    compare_split: str | None,
     robust: bool,
     even_words: bool,
     calibration: Path | None,
@@ -86,13 +91,16 @@ def command(
         even_words=even_words,
         compare=compare,
     )
+    by_task = TaskJudge(compare_by, compare_data, compare_split)
     texts.check()
-    if plan_file is not None and (sensitivity != PARAMETERS or compare is not None):
-        option = "--compare" if sensitivity == PARAMETERS else "--sensitivity"
+    by_task.check(compare)
+    if plan_file is not None and (sensitivity != PARAMETERS or compare is not None or compare_by is not None):
+        option = "--sensitivity" if sensitivity != PARAMETERS else "--compare" if compare_by is None else "--compare-by"
         raise click.UsageError(f"--plan says what becomes of each layer: {option} has no say in it")
     arguments = None
     if plan_file is None:
         arguments = options.arguments()
+        by_task.check_methods(arguments)
     elif options.given():
         raise click.UsageError("--plan says what becomes of each layer: give no method, budget or pattern with it")
     output = output or Path(_default_name(model, options, plan_file))
@@ -100,11 +108,13 @@ def command(
     _spare_model(Path(model).expanduser(), output)
     data = None if plan_file is None else read_plan(plan_file)
     loaded, folder = load(model, revision=revision, dtype=dtype, device=device, seed=seed)
-    provenance = _provenance(model, revision, seed, options, plan_file, texts)
+    provenance = _provenance(model, revision, seed, options, plan_file, texts, by_task)
     dense = time_dense(loaded, measure)
     with render.progress_bar() as on_progress:
         plan = None if arguments is not None else plan_from_json(data, loaded)
+        judge = by_task.made(loaded, folder)
         how = texts.collect(loaded, folder, seed=seed, planning=plan is None, on_progress=on_progress)
+        how |= {} if judge is None else {"compare": judge}
         how |= {"on_progress": on_progress, "provenance": provenance}
         report = compress(loaded, **(arguments or {}), **how) if plan is None else apply(loaded, plan, **how)
     card = model_card(
@@ -157,7 +167,13 @@ def _default_name(model: str, options: Choice, plan_file: Path | None) -> str:
 
 
 def _provenance(
-    model: str, revision: str | None, seed: int, options: Choice, plan_file: Path | None, texts: Samples
+    model: str,
+    revision: str | None,
+    seed: int,
+    options: Choice,
+    plan_file: Path | None,
+    texts: Samples,
+    by_task: TaskJudge,
 ) -> dict[str, Any]:
     """What a checkpoint remembers of the command. Folder names of this machine do not go into it."""
     from compresskit import __version__
@@ -167,7 +183,11 @@ def _provenance(
         "model": _name(model) if Path(model).expanduser().is_dir() else model,
         "revision": revision,
         "seed": seed,
-        "asked": {**(options.given() if plan_file is None else {"plan": plan_file.name}), **texts.given()},
+        "asked": {
+            **(options.given() if plan_file is None else {"plan": plan_file.name}),
+            **texts.given(),
+            **by_task.given(),
+        },
     }
 
 
@@ -187,7 +207,7 @@ def _facts(report: "Report") -> list[tuple[str, str]]:
         ("expected speed-up of replaced layers", f"{report.expected_speedup:.2f} (128 tokens, two CPU cores)"),
         ("relative error of replaced weights", f"{report.relative_error:.4f}"),
         *([] if report.weighted_error is None else [("relative error of outputs", f"{report.weighted_error:.4f}")]),
-        *([("compared by the model's answers, errors", compared(report.compared))] if report.compared else []),
+        *([("whole models compared, each wrong by", compared(report.compared))] if report.compared else []),
     ]
 
 

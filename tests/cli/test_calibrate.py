@@ -111,7 +111,7 @@ def test_a_method_that_chooses_is_compared_with_its_choices(cli, work, texts):
     alone = cli("compress", *options, "--no-compare", "-o", "c", "--json").json()
     assert alone["compared"] == {}
     said = cli("plan", *options).out
-    assert "By the model's answers" in said
+    assert "Whole models compared, each wrong by" in said
 
 
 @pytest.mark.parametrize(
