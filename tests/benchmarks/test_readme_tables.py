@@ -134,7 +134,7 @@ def judged_rows(results):
                 single = {name.split()[0]: fits[name].get(measure) or 0.0 for name in FAMILIES[:-1]}
                 best = max(single, key=single.__getitem__)
                 cells += [f"{best} {single[best]:.3f}" if single[best] else "", f"{judged[measure]:.3f}"]
-            rows.append(line_of([*cells, next(iter(judged["compared"]))]))
+            rows.append(line_of([*cells, next(iter(judged["compared"]), "together")]))
     return rows
 
 
