@@ -36,7 +36,7 @@ class Samples:
     sensitivity: str = PARAMETERS
     robust: bool = False
     even_words: bool = False
-    compare: bool | None = None
+    compare: bool = False
 
     def check(self) -> None:
         """Raise UsageError where options contradict each other."""
@@ -46,7 +46,7 @@ class Samples:
         if self.calibration is None:
             given |= {"--robust": self.robust or None, "--even-words": self.even_words or None}
         given |= {"--sequential": self.sequential or None, "--refine": self.refine}
-        given |= {"--compare": self.compare or None, "--no-compare": self.compare is False or None}
+        given |= {"--compare": self.compare or None}
         given |= {f"--sensitivity {self.sensitivity}": (self.sensitivity != PARAMETERS) or None}
         idle = [option for option, value in given.items() if value is not None]
         if idle and self.calibrate is None:
@@ -59,7 +59,7 @@ class Samples:
             said = {"calibrate": Path(self.calibrate).name, "samples": self.samples or SAMPLES}
             said |= {"max_length": self.max_length or MAX_LENGTH, "gradients": self.gradients}
             said |= {"sequential": self.sequential, "refine": self.refine, "sensitivity": self.sensitivity}
-            said |= {} if self.compare is None else {"compare": self.compare}
+            said |= {"compare": True} if self.compare else {}
         elif self.calibration is not None:
             said = {"calibration": self.calibration.name}
         if said:
@@ -91,7 +91,7 @@ class Samples:
         size = {"samples": self.samples or SAMPLES, "max_length": self.max_length or MAX_LENGTH, "seed": seed}
         made = collect(model, folder, self.calibrate, gradients=self.gradients, on_progress=on_progress, **size)
         found: dict[str, Any] = {"calibration": self._weighed(made), "robust": self.robust}
-        compare = planning and self.compare is not False
+        compare = planning and self.compare
         if not (self.sequential or self.refine or self.sensitivity != PARAMETERS or compare):
             return found
         texts = batches(folder, self.calibrate, **size)
@@ -167,10 +167,10 @@ def calibration_options(function: F) -> F:
             "or what makes the best of some models.",
         ),
         click.option(
-            "--compare/--no-compare",
-            default=None,
+            "--compare",
+            is_flag=True,
             help="Where a method chooses between others (auto), also make models of one of them alone and keep what "
-            "answers nearest on the texts. Default: yes.",
+            "answers nearest on the texts.",
         ),
         click.option("--robust", is_flag=True, help="Expect inputs to be off, since layers before are compressed too."),
         click.option("--even-words", is_flag=True, help="All words count alike, not as often as the texts have them."),

@@ -25,14 +25,14 @@ class TaskJudge:
     compare_data: str | None
     compare_split: str | None
 
-    def check(self, compare: bool | None) -> None:
+    def check(self, compare: bool) -> None:
         """Raise UsageError where options contradict each other."""
         given = {"--compare-data": self.compare_data, "--compare-split": self.compare_split}
         if self.compare_by is None:
             if idle := [option for option, value in given.items() if value is not None]:
                 raise click.UsageError(f"{' and '.join(idle)} need --compare-by TASK, the task to compare models by")
-        elif compare is False:
-            raise click.UsageError("--compare-by compares models, --no-compare does not: give one of them")
+        elif compare:
+            raise click.UsageError("--compare-by goes by a task, --compare by answers on the texts: give one of them")
 
     def check_methods(self, arguments: Mapping[str, Any]) -> None:
         """Raise UsageError if none of the methods in arguments of `compresskit.compress` chooses between others."""

@@ -16,8 +16,6 @@ from benchmarks.machine import peak_memory_bytes
 class CalibrationCost(Experiment):
     """One model, calibrated on random tokens without padding (the longest that texts can be) and compressed.
 
-    `compare_time_s` is what fits and answers of other plans take that a method which chooses is compared with.
-
     Args:
         method, ratio: of compresskit.
         model: `minilm`, or a random one.
@@ -48,22 +46,11 @@ class CalibrationCost(Experiment):
         moments = compresskit.calibrate(model, batches, samples=self.samples)
         calibrated = time.perf_counter()
         after_pass = _peak_bytes()
-        compared: list[float] = []  # when each model had answered
-
-        def listen(progress: compresskit.Progress) -> None:
-            if progress.stage == "rivals":
-                compared.append(time.perf_counter())
-
-        report = compresskit.compress(
-            model, self.method, ratio=self.ratio, calibration=moments, compare=batches[::4], on_progress=listen
-        )
-        comparing = max(compared, default=0.0) - min(compared, default=0.0)
+        report = compresskit.compress(model, self.method, ratio=self.ratio, calibration=moments)
         return Outcome(
             {
                 "calibrate_time_s": calibrated - started,
                 "fit_time_s": report.time_s,
-                "compare_time_s": comparing,
-                "models_compared": len(compared),
                 "total_time_s": time.perf_counter() - started,
                 "moments_bytes": moments.memory_bytes,
                 "peak_bytes": {"loaded": before, "calibrated": after_pass, "fitted": _peak_bytes()},
@@ -82,7 +69,6 @@ class CalibrationCost(Experiment):
             "tokens": f"{figures['tokens']:,}",
             "calibrate, s": f"{figures['calibrate_time_s']:.1f}",
             "choose and fit, s": f"{figures['fit_time_s']:.1f}",
-            "of it comparing, s": f"{figures.get('compare_time_s', 0.0):.1f}",
             "moments, MiB": f"{figures['moments_bytes'] / 2**20:,.0f}",
             "peak MiB loaded, calibrated, fitted": ", ".join(f"{size / 2**20:,.0f}" for size in peaks.values()),
         }

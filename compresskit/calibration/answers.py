@@ -62,7 +62,8 @@ def _answer(model: nn.Module, batch: Batch) -> Tensor:
     if not tensors:
         raise CalibrationError(
             f"{type(model).__name__} returns no tensor of numbers for each example, such as a last hidden state or "
-            "logits, so there is nothing to compare models by: leave that out (--no-compare, no compare= or search=)"
+            "logits, so there is nothing to compare models by; leave out what compares or searches, or let a function "
+            "of your own compare (compare=, search=)"
         )
     answer = tensors[0]
     rows, _ = Masks.of(given).real("decoder", tuple(answer.shape[:-1]))

@@ -50,7 +50,7 @@ def command(
     max_length: int | None,
     gradients: bool,
     sensitivity: str,
-    compare: bool | None,
+    compare: bool,
     compare_by: str | None,
     compare_data: str | None,
     compare_split: str | None,
@@ -94,7 +94,7 @@ def command(
     by_task = TaskJudge(compare_by, compare_data, compare_split)
     texts.check()
     by_task.check(compare)
-    if plan_file is not None and (sensitivity != PARAMETERS or compare is not None or compare_by is not None):
+    if plan_file is not None and (sensitivity != PARAMETERS or compare or compare_by is not None):
         option = "--sensitivity" if sensitivity != PARAMETERS else "--compare" if compare_by is None else "--compare-by"
         raise click.UsageError(f"--plan says what becomes of each layer: {option} has no say in it")
     arguments = None

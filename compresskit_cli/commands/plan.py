@@ -40,7 +40,7 @@ def command(
     max_length: int | None,
     gradients: bool,
     sensitivity: str,
-    compare: bool | None,
+    compare: bool,
     compare_by: str | None,
     compare_data: str | None,
     compare_split: str | None,

@@ -93,24 +93,24 @@ def test_a_plan_has_no_place_for_sensitivities(cli, fails, work, texts):
     cli("plan", "bert", "-m", "svd", "--ratio", "2", "-o", "plan.json")
     options = ("--plan", "plan.json", "--calibrate", texts, "--sensitivity", "measured")
     fails("compress", "bert", *options, match="--sensitivity has no say in it", status=2)
-    options = ("--plan", "plan.json", "--calibrate", texts, "--no-compare")
+    options = ("--plan", "plan.json", "--calibrate", texts, "--compare")
     fails("compress", "bert", *options, match="--compare has no say in it", status=2)
     assert cli("compress", "bert", "--plan", "plan.json", "--calibrate", texts, "-o", "planned").status == 0
 
 
 def test_a_method_that_chooses_is_compared_with_its_choices(cli, work, texts):
     options = ("bert", "-m", "auto", "--set", "methods=svd+monarch", "--ratio", "2", "--calibrate", texts)
-    planned = cli("plan", *options, "--json").json()
-    made = cli("compress", *options, "-o", "a", "--json").json()
+    planned = cli("plan", *options, "--compare", "--json").json()
+    made = cli("compress", *options, "--compare", "-o", "a", "--json").json()
     assert {"together", "svd"} <= set(planned["compared"])
     assert made["compared"] == pytest.approx(planned["compared"], rel=1e-3)
-    said = cli("compress", *options, "-o", "b").out
+    said = cli("compress", *options, "--compare", "-o", "b").out
     assert said.count("(taken)") == 1
     assert "together" in said
     assert "together" in (work / "b" / "README.md").read_text()
-    alone = cli("compress", *options, "--no-compare", "-o", "c", "--json").json()
+    alone = cli("compress", *options, "-o", "c", "--json").json()
     assert alone["compared"] == {}
-    said = cli("plan", *options).out
+    said = cli("plan", *options, "--compare").out
     assert "Whole models compared, each wrong by" in said
 
 
@@ -121,7 +121,6 @@ def test_a_method_that_chooses_is_compared_with_its_choices(cli, work, texts):
         (("--sensitivity", "measured"), "--sensitivity measured need --calibrate", 2),
         (("--robust",), "--robust need --calibrate", 2),
         (("--compare",), "--compare need --calibrate", 2),
-        (("--no-compare",), "--no-compare need --calibrate", 2),
         (("--even-words",), "--even-words need --calibrate", 2),
         (("--samples", "3"), "--samples need --calibrate FILE_OR_FOLDER", 2),
         (("--calibrate", "nowhere"), "there is no file or folder nowhere", 1),

@@ -54,7 +54,7 @@ def test_the_checkpoint_remembers_the_task(cli: Cli, work: Path, pairs: Path) ->
         (("--compare-by", "sst2", "--compare-data", "pairs"), "sentence", 1),
         (("--compare-data", "pairs"), "--compare-data need --compare-by TASK", 2),
         (("--compare-split", "dev"), "--compare-split need --compare-by TASK", 2),
-        (("--compare-by", "sts", "--no-compare", "--calibrate", "pairs"), "give one of them", 2),
+        (("--compare-by", "sts", "--compare", "--calibrate", "pairs"), "give one of them", 2),
         (("--compare-by", "sts", "--plan", "plan.json"), "--compare-by has no say in it", 2),
     ],
 )
