@@ -7,11 +7,10 @@ from typing import Any
 from torch import nn
 
 from compresskit.calibration import Calibration, Refine, calibrate
-from compresskit.calibration.compare import MARGIN, compare_plans
 from compresskit.calibration.data import Batch
-from compresskit.calibration.search import search_sensitivities
 from compresskit.calibration.sequential import fit_in_order
-from compresskit.calibration.trials import Judge, Trials
+from compresskit.calibration.trials import Judge
+from compresskit.calibration.tried import tried_plan
 from compresskit.calibration.weights import expecting_errors, importances_of
 from compresskit.core.decomposition import Decomposition
 from compresskit.core.importance import Importance
@@ -22,7 +21,6 @@ from compresskit.surgery.apply import Report, SiteFit, apply_
 from compresskit.surgery.budget import param_budget
 from compresskit.surgery.plan import Plan
 from compresskit.surgery.pricing import Known, OnProgress, Planned, make_plan
-from compresskit.surgery.rivals import rivals_of
 from compresskit.surgery.rules import Assignment, Rule, assign
 from compresskit.surgery.sites import find_sites
 
@@ -285,24 +283,18 @@ def _plan(
             on_progress=on_progress,
         )
 
-    weights = {site.name: float(site.num_params) for site, _ in assignment.chosen}
-    how: dict[str, Any] = {"robust": robust, "on_progress": on_progress}
-    trials = None
-    if search is not None:
-        trials = Trials(model, search, importances, **how)
-        sensitivities = search_sensitivities(
-            model, lambda some: plan_for(assignment, some), trials, sensitivities or weights, on_progress=on_progress
-        )
-    found = None if trials is None else trials.found
-    planned = plan_for(assignment, sensitivities) if found is None else found.planned
-    if compare is not None:
-        rivals = rivals_of(planned, assignment, sensitivities or weights, lambda other: plan_for(other, sensitivities))
-        if rivals:
-            margin = 1.0 if callable(compare) else MARGIN
-            trials = Trials(model, compare, importances, before=trials, margin=margin, **how)
-            errors = compare_plans(trials, planned, rivals, on_progress=on_progress)
-            found = trials.found.saying(errors)
-    return (planned, None) if found is None else (found.planned, found.fits)
+    found = tried_plan(
+        model,
+        assignment,
+        plan_for,
+        importances,
+        sensitivities,
+        search=search,
+        compare=compare,
+        robust=robust,
+        on_progress=on_progress,
+    )
+    return (plan_for(assignment, sensitivities), None) if found is None else (found.planned, found.fits)
 
 
 def _importances(

@@ -1,6 +1,6 @@
 """Options that say what text a model is calibrated on, for every command that fits weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from compresskit import OnProgress
-    from compresskit.calibration import Calibration
+    from compresskit.calibration import Calibration, Judge
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -38,19 +38,47 @@ class Samples:
     even_words: bool = False
     compare: bool = False
 
-    def check(self) -> None:
-        """Raise UsageError where options contradict each other."""
+    @property
+    def tries_models(self) -> bool:
+        """Whole models are compared or searched."""
+        return self.compare or self.sensitivity == SEARCHED
+
+    def check(self, *, judged: bool = False) -> None:
+        """Raise UsageError where options contradict each other.
+
+        Args:
+            judged: whole models are judged by a task, which takes no texts.
+        """
         if self.calibrate is not None and self.calibration is not None:
             raise click.UsageError("--calibrate collects from texts, --calibration reads a file: give one of them")
         given = {"--samples": self.samples, "--max-length": self.max_length, "--gradients": self.gradients or None}
         if self.calibration is None:
             given |= {"--robust": self.robust or None, "--even-words": self.even_words or None}
         given |= {"--sequential": self.sequential or None, "--refine": self.refine}
-        given |= {"--compare": self.compare or None}
-        given |= {f"--sensitivity {self.sensitivity}": (self.sensitivity != PARAMETERS) or None}
+        if not judged:
+            given |= {"--compare": self.compare or None}
+        if not (judged and self.sensitivity == SEARCHED):
+            given |= {f"--sensitivity {self.sensitivity}": (self.sensitivity != PARAMETERS) or None}
         idle = [option for option, value in given.items() if value is not None]
         if idle and self.calibrate is None:
-            raise click.UsageError(f"{' and '.join(idle)} need --calibrate FILE_OR_FOLDER, the texts to calibrate on")
+            task = " or --judge TASK" if self.tries_models else ""
+            raise click.UsageError(
+                f"{' and '.join(idle)} need --calibrate FILE_OR_FOLDER, the texts to calibrate on{task}"
+            )
+
+    def check_methods(self, arguments: Mapping[str, Any]) -> None:
+        """Raise UsageError if plans are to be compared of methods that do not choose between others.
+
+        Args:
+            arguments: of `compresskit.compress`.
+        """
+        methods = [arguments["method"], *(method for _, method in arguments["rules"])]
+        found = [method for method in methods if method is not None]
+        if self.compare and not any(method.alone() for method in found):
+            names = " and ".join(sorted({method.name for method in found}))
+            raise click.UsageError(
+                f"--compare is for a method that chooses between others, as auto does: {names} does not"
+            )
 
     def given(self) -> dict[str, Any]:
         """What was said at all, for the record; names, not whole paths."""
@@ -58,13 +86,14 @@ class Samples:
         if self.calibrate is not None:
             said = {"calibrate": Path(self.calibrate).name, "samples": self.samples or SAMPLES}
             said |= {"max_length": self.max_length or MAX_LENGTH, "gradients": self.gradients}
-            said |= {"sequential": self.sequential, "refine": self.refine, "sensitivity": self.sensitivity}
-            said |= {"compare": True} if self.compare else {}
+            said |= {"sequential": self.sequential, "refine": self.refine}
         elif self.calibration is not None:
             said = {"calibration": self.calibration.name}
         if said:
             said |= {"robust": self.robust, "even_words": self.even_words}
-        return said
+        if said or self.tries_models:
+            said |= {"sensitivity": self.sensitivity}
+        return said | ({"compare": True} if self.compare else {})
 
     def collect(
         self,
@@ -73,40 +102,48 @@ class Samples:
         *,
         seed: int,
         planning: bool = True,
+        judge: "Judge | None" = None,
         on_progress: "OnProgress | None" = None,
     ) -> dict[str, Any]:
         """Arguments for `compresskit.compress` and `apply`: the calibration, and how layers are fitted to it.
 
         Args:
             planning: a plan is to be made; what only that takes is left out otherwise.
+            judge: what whole models are tried by; None: their answers on the texts.
         """
         from compresskit.calibration import Refine, balanced, load_calibration, measure_sensitivities
 
+        tried = self._tried(judge) if planning and judge is not None else {}
         if self.calibration is not None:
             read = load_calibration(self.calibration)
             read.check(model)
-            return {"calibration": self._weighed(read), "robust": self.robust}
+            return {"calibration": self._weighed(read), "robust": self.robust, **tried}
         if self.calibrate is None:
-            return {}
+            return tried
         size = {"samples": self.samples or SAMPLES, "max_length": self.max_length or MAX_LENGTH, "seed": seed}
         made = collect(model, folder, self.calibrate, gradients=self.gradients, on_progress=on_progress, **size)
-        found: dict[str, Any] = {"calibration": self._weighed(made), "robust": self.robust}
-        compare = planning and self.compare
-        if not (self.sequential or self.refine or self.sensitivity != PARAMETERS or compare):
+        found: dict[str, Any] = {"calibration": self._weighed(made), "robust": self.robust, **tried}
+        measures = planning and self.sensitivity in (BALANCED, MEASURED)
+        by_answers = planning and self.tries_models and judge is None
+        if not (self.sequential or self.refine or measures or by_answers):
             return found
         texts = batches(folder, self.calibrate, **size)
         few = texts[::MEASURED_SHARE]
-        if compare:
-            found["compare"] = few
-        if self.sensitivity == SEARCHED:
-            found["search"] = few
-        elif self.sensitivity != PARAMETERS:
+        if by_answers:
+            found |= self._tried(few)
+        if measures:
             measured = measure_sensitivities(model, few, made, on_progress=on_progress)
             found["sensitivities"] = balanced(model, measured) if self.sensitivity == BALANCED else measured
         if self.sequential or self.refine:
             found |= {"samples": texts, "sequential": self.sequential}
             found["refine"] = None if self.refine is None else Refine(epochs=self.refine)
         return found
+
+    def _tried(self, by: Any) -> dict[str, Any]:
+        """What of a plan is found by whole models, and by what of them."""
+        return {
+            name: by for name, wanted in (("search", self.sensitivity == SEARCHED), ("compare", self.compare)) if wanted
+        }
 
     def _weighed(self, calibration: "Calibration") -> "Calibration":
         return calibration.with_even_words() if self.even_words else calibration

@@ -153,6 +153,8 @@ def plan(plan: "Plan", *, calibrated: bool = False) -> None:
     front(plan.front)
     left_dense(plan.left)
     gap = "" if plan.gap is None else f"; at most {plan.gap:.2%} from the least possible loss"
+    if plan.searched:
+        say(f"Searched: {searched(plan.searched)}.")
     if plan.compared:
         say(f"Whole models compared, each wrong by: {compared(plan.compared)}.")
     say(f"Whole model: {count(plan.num_params)} -> {count(plan.params_after)} parameters, ratio {plan.ratio:.3f}{gap}.")
@@ -207,6 +209,11 @@ def _warn_little(report: "Report") -> None:
 def _others(alternatives: Sequence[tuple[str, float]], chosen: str, most: int = 2) -> str:
     """What other methods would have reached with as many parameters."""
     return ", ".join([f"{name} {error:.3f}" for name, error in alternatives if name != chosen][:most])
+
+
+def searched(factors: Sequence[tuple[str, float]]) -> str:
+    """How much more or less errors of layers of some shapes were found to count."""
+    return ", ".join(f"errors of {shape} count {factor:g} times as much" for shape, factor in factors)
 
 
 def compared(errors: Sequence[tuple[str, float]]) -> str:

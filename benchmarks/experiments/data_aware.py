@@ -17,6 +17,8 @@ HOWS = (
     "weighted",
     "compared",
     "judged",
+    "searched",
+    "searched judged",
     "robust",
     "gradients",
     "sequential",
@@ -32,7 +34,9 @@ SHARE = 4
 JUDGED_BY = 4096
 """Pairs of sentences of STS-B's train split by which a model is judged, without their scores. By 512 of them models
 whose agreement differs by .004 were told apart wrongly."""
-KEPT = ("relative_error", "weighted_error", "params_after", "time_s", "compared")
+SEARCHED_BY = 2048
+"""The same where dozens of models are judged: what a search is for are larger differences."""
+KEPT = ("relative_error", "weighted_error", "params_after", "time_s", "compared", "searched")
 
 
 @final
@@ -44,7 +48,8 @@ class DataAware(Experiment):
         fits: each a method of compresskit and how it is fitted (`svd weighted`), or a baseline (`svd-llm`, `asvd`).
             `compared` is weighted, and of `auto` and the methods it chooses from the one whose model answers nearest.
             `judged` takes the one that agrees most with the dense model on the cosines of pairs of sentences, those of
-            STS-B's train split, without their scores.
+            STS-B's train split, without their scores. `searched` searches by that what layers of each shape count;
+            `searched judged` does both.
             `robust` is weighted and expects inputs to be off; `sequential` is weighted and sequential; `refined` is
             refined as well; `gradients` weighs by gradients too.
         scope: `whole`: any layer, embeddings included, the ratio is that of the model. `encoder`: layers of the encoder
@@ -102,7 +107,7 @@ class DataAware(Experiment):
             "fits": {},
         }
         weights = self._sensitivities(dense, moments, batches)
-        judge = self._judge(dense, tokenizer, data) if any(fit.endswith(" judged") for fit in self.fits) else None
+        judge = self._judge(dense, tokenizer, data)
         for fit in self.fits:
             small, report = self._fit(dense, fit, moments, batches, weights, judge)
             found: dict[str, float | None] = {"sts_b": None, "sts_b_agreement": None}
@@ -127,17 +132,20 @@ class DataAware(Experiment):
         train, dev = read_sts_b(wanted), read_sts_b(data / STS_B)
         return sorted({*train.first, *train.second} - {*dev.first, *dev.second})
 
-    def _judge(self, dense: Any, tokenizer: Any, data: Path | None) -> Callable[[Any], float]:
-        """How far a model is from the dense one's cosines of some pairs."""
+    def _judge(self, dense: Any, tokenizer: Any, data: Path | None) -> Callable[[int], Callable[[Any], float]]:
+        """By number of pairs: how far a model is from the dense one's cosines of them."""
         from benchmarks.embeddings import StsB, rank_correlation, read_sentences, read_sts_b
 
-        if data is None:
-            first = read_sentences()
-            pairs = StsB(tuple(first), tuple(first[1:] + first[:1]), (0.0,) * len(first), "")
-        else:
-            pairs = read_sts_b(data / STS_B.with_name("train.tsv")).every(JUDGED_BY)
-        wanted = pairs.cosines(dense, tokenizer)
-        return lambda small: 1 - rank_correlation(pairs.cosines(small, tokenizer), wanted)
+        def of(number: int) -> Callable[[Any], float]:
+            if data is None:
+                first = read_sentences()
+                pairs = StsB(tuple(first), tuple(first[1:] + first[:1]), (0.0,) * len(first), "")
+            else:
+                pairs = read_sts_b(data / STS_B.with_name("train.tsv")).every(number)
+            wanted = pairs.cosines(dense, tokenizer)
+            return lambda small: 1 - rank_correlation(pairs.cosines(small, tokenizer), wanted)
+
+        return of
 
     def _fit(
         self,
@@ -146,7 +154,7 @@ class DataAware(Experiment):
         moments: Any,
         batches: Any,
         sensitivities: Mapping[str, float] | None,
-        judge: Callable[[Any], float] | None,
+        judge: Callable[[int], Callable[[Any], float]],
     ) -> tuple[Any, dict[str, Any]]:
         """A compressed copy, and what is kept of the report."""
         import compresskit
@@ -179,14 +187,24 @@ class DataAware(Experiment):
             rules=[rule(text) for text in self.rules],
             calibration=None if how == "plain" else moments,
             sensitivities=sensitivities,
-            search=batches[::SHARE] if self.sensitivity == "searched" else None,
-            compare={"compared": batches[::SHARE], "judged": judge}.get(how),
+            search=self._search(how, batches, judge),
+            compare=self._compare(how, batches, judge),
             robust="robust" in how,
             samples=batches if in_order else None,
             sequential=in_order,
             refine=Refine(epochs=self.epochs) if refined else None,
         ).to_json()
         return small, {name: report[name] for name in KEPT}
+
+    def _search(self, how: str, batches: Any, judge: Callable[[int], Callable[[Any], float]]) -> Any:
+        if "searched" in how:
+            return judge(SEARCHED_BY)
+        return batches[::SHARE] if self.sensitivity == "searched" else None
+
+    def _compare(self, how: str, batches: Any, judge: Callable[[int], Callable[[Any], float]]) -> Any:
+        if "judged" in how:
+            return judge(JUDGED_BY)
+        return batches[::SHARE] if how == "compared" else None
 
     def _sensitivities(self, model: Any, moments: Any, batches: Any) -> Mapping[str, float] | None:
         """What layers count; None: as many as they have parameters."""

@@ -3,23 +3,39 @@
 The budget adds up errors of layers. What that leaves out is most where most is compressed: errors of some layers, such
 as a word embedding, spoil all that comes after, and those of others hardly matter. So layers of one shape get a factor
 on what their errors count; for some factors the budget is solved, everything fitted, and the compressed model run on
-the samples; the factors whose model answers nearest to the dense one are taken. One shape after the other, by factors
-of four and then of two; what has been priced and fitted is not priced and fitted again.
+the samples; the factors whose model answers nearest to the dense one, or is best as a judge says, are taken. One shape
+after the other, by factors of four and then of two; what has been priced and fitted is not priced and fitted again.
 """
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import final
 
 from torch import nn
 
 from compresskit.calibration.trials import Trials
 from compresskit.surgery.pricing import OnProgress, Planned, Progress
-from compresskit.surgery.sites import find_sites
+from compresskit.surgery.sites import Site, find_sites
 
 STEPS = (4.0, 2.0)
 """Factors by which what a shape counts is changed, one round with each."""
 
 PlanOf = Callable[[Mapping[str, float]], Planned]
+
+
+@final
+@dataclass(frozen=True)
+class Searched:
+    """What layers count.
+
+    Args:
+        sensitivities: by name of each site.
+        factors: by shape, how many times as much as at the start; the shapes whose factor is not one.
+    """
+
+    sensitivities: Mapping[str, float]
+    factors: Mapping[str, float]
 
 
 def search_sensitivities(
@@ -29,7 +45,7 @@ def search_sensitivities(
     start: Mapping[str, float],
     *,
     on_progress: OnProgress | None = None,
-) -> dict[str, float]:
+) -> Searched:
     """The sensitivities that do best on trial; never worse on the samples than the start. Fits are in `trials.found`.
 
     Args:
@@ -37,29 +53,36 @@ def search_sensitivities(
         start: sensitivities of all sites.
         on_progress: called after each compressed model.
     """
-    shapes: dict[object, list[str]] = {}
+    shapes: dict[str, list[str]] = {}
     for site in find_sites(model).sites:
         if site.name in start:
-            shapes.setdefault((site.rows, site.cols, site.kinds), []).append(site.name)
+            shapes.setdefault(_shape(site), []).append(site.name)
     usual = 1 + 2 * len(STEPS) * len(shapes)
 
-    def error_of(sensitivities: Mapping[str, float]) -> float:
+    def error_of(factors: Mapping[str, float]) -> float:
         before = trials.number
-        error = trials.squared_error(plan_of(sensitivities))
+        error = trials.squared_error(plan_of(_times(start, shapes, factors)))
         if on_progress is not None and trials.number > before:
             done = trials.number
             on_progress(Progress("search", f"model {done}", done, max(done, usual), error**0.5))
         return error
 
-    best = dict(start)
+    best = dict.fromkeys(shapes, 1.0)
     least = error_of(best)
-    for step, names in itertools.product(STEPS, shapes.values() if len(shapes) > 1 else ()):
+    for step, shape in itertools.product(STEPS, shapes if len(shapes) > 1 else ()):
         for factor in (step, 1 / step):
-            tried = _times(best, names, factor)
+            tried = {**best, shape: best[shape] * factor}
             while (error := error_of(tried)) < least:
-                best, least, tried = tried, error, _times(tried, names, factor)
-    return best
+                best, least, tried = tried, error, {**tried, shape: tried[shape] * factor}
+    return Searched(_times(start, shapes, best), {shape: factor for shape, factor in best.items() if factor != 1})
 
 
-def _times(sensitivities: Mapping[str, float], names: Sequence[str], factor: float) -> dict[str, float]:
-    return {name: value * factor if name in names else value for name, value in sensitivities.items()}
+def _shape(site: Site) -> str:
+    """`30522 x 384 (embedding)`."""
+    return f"{site.rows} x {site.cols} ({' and '.join(sorted(set(site.kinds)))})"
+
+
+def _times(
+    start: Mapping[str, float], shapes: Mapping[str, Sequence[str]], factors: Mapping[str, float]
+) -> dict[str, float]:
+    return dict(start) | {name: start[name] * factors[shape] for shape, names in shapes.items() for name in names}

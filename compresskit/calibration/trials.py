@@ -38,9 +38,9 @@ class Found:
     fits: Mapping[str, SiteFit]
     squared_error: float
 
-    def saying(self, compared: Mapping[str, float]) -> "Found":
-        """The same, its plan saying what it was compared with."""
-        plan = replace(self.planned.plan, compared=tuple(compared.items()))
+    def saying(self, compared: Mapping[str, float], searched: Mapping[str, float]) -> "Found":
+        """The same, its plan saying what it was compared with and what was searched."""
+        plan = replace(self.planned.plan, compared=tuple(compared.items()), searched=tuple(searched.items()))
         return replace(self, planned=replace(self.planned, plan=plan))
 
 

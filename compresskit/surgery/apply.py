@@ -77,6 +77,7 @@ class Report:
         calibration: facts and warnings about the data that was fitted to, plain; None without.
         front: of the plan: what other sizes would lose.
         compared: of the plan: what whole models of it and of others were off by.
+        searched: of the plan: how much more or less errors of layers of some shapes count than without a search.
     """
 
     sites: tuple[SiteReport, ...]
@@ -96,6 +97,7 @@ class Report:
     calibration: Mapping[str, Any] | None = None
     front: tuple[FrontPoint, ...] = ()
     compared: tuple[tuple[str, float], ...] = ()
+    searched: tuple[tuple[str, float], ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -139,7 +141,7 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Plain data, ratios included."""
         ratios = ("ratio", "site_ratio", "body_ratio", "bytes_ratio", "macs_ratio", "expected_speedup")
-        plain = {**dataclasses.asdict(self), "compared": dict(self.compared)}
+        plain = {**dataclasses.asdict(self), "compared": dict(self.compared), "searched": dict(self.searched)}
         return {**{name: getattr(self, name) for name in ratios}, **plain}
 
 
@@ -215,6 +217,7 @@ def apply_(
         calibration=calibration,
         front=plan.front,
         compared=plan.compared,
+        searched=plan.searched,
     )
 
 

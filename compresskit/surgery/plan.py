@@ -112,6 +112,7 @@ class Plan:
         compared: relative errors of what whole models answered on samples, by name: `together` where each site has the
             best of several methods, and with one of them alone; that of the plan itself first. Empty if nothing was
             compared.
+        searched: by shape how many times as much its errors count as without a search; of those that count otherwise.
     """
 
     sites: tuple[PlannedSite, ...]
@@ -121,6 +122,7 @@ class Plan:
     gap: float | None = None
     front: tuple[FrontPoint, ...] = ()
     compared: tuple[tuple[str, float], ...] = ()
+    searched: tuple[tuple[str, float], ...] = ()
 
     @property
     def params_after(self) -> int:
@@ -165,6 +167,7 @@ class Plan:
             "gap": self.gap,
             "front": [dataclasses.asdict(point) for point in self.front],
             "compared": dict(self.compared),
+            "searched": dict(self.searched),
             "sites": [_site_json(planned) for planned in self.sites],
             "left_dense": [dataclasses.asdict(refusal) for refusal in self.left],
         }

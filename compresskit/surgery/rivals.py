@@ -32,7 +32,7 @@ def rivals_of(
     close: list[tuple[float, str, Planned]] = []
     for name in dict.fromkeys(name for _, method in assignment.chosen for name in method.alone()):
         try:
-            rival = plan_of(_alone(assignment, name))
+            rival = plan_of(alone(assignment, name))
         except BudgetError:
             continue
         if (loss := _loss(rival.plan, weights)) <= most:
@@ -45,6 +45,7 @@ def _loss(plan: Plan, weights: Mapping[str, float]) -> float:
     return sum(weights[name] * error**2 for name, error in errors.items())
 
 
-def _alone(assignment: Assignment, name: str) -> Assignment:
+def alone(assignment: Assignment, name: str) -> Assignment:
+    """The same rules with one method alone where they choose between several, and it is one of them."""
     chosen = tuple((site, method.alone().get(name, method)) for site, method in assignment.chosen)
     return dataclasses.replace(assignment, chosen=chosen)

@@ -1,7 +1,7 @@
 """Running a model over the examples of a task and scoring what it says."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +62,7 @@ def evaluate(
         data: a file, a folder, a hub id, None for the task's own, or examples of `load_task_data`.
 
     Raises:
-        DataError: the data is not there, malformed, or does not fit the model's labels.
+        DataError: the data is not there, malformed, or does not fit the model's labels; or it has no such head.
     """
     found = run_evaluation(model, tokenizer, task, data, split=split, batch_size=batch_size, max_length=max_length)
     return found.metrics
@@ -110,7 +110,7 @@ def predict(
     Rows of alike length share a batch, the longest first: what does not fit into memory fails at once.
 
     Raises:
-        DataError: an output is not finite.
+        DataError: an output is not finite, or the model has no head for this kind of task.
     """
     collate = collator(tokenizer)
     inputs = features.select_columns([n for n in features.column_names if n in _INPUTS])
@@ -146,17 +146,32 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 def _outputs(model: nn.Module, task: Task, batch: dict[str, Tensor]) -> Iterator[Array]:
     found = model(**batch)
+    tensors: list[Tensor] = []
+    for name in _ANSWERS.get(task.kind, ("logits",)):
+        if getattr(found, name, None) is None:
+            raise DataError(
+                f"{type(model).__name__} answers without {name}, by which {task.name} ({task.kind}) is scored: "
+                "it has no head for it"
+            )
+        tensors.append(found[name])
     mask = batch["attention_mask"]
     if task.kind == "similarity":
-        yield from _finite(pooled(found.last_hidden_state, mask))
+        yield from _finite(pooled(tensors[0], mask))
         return
     if task.kind == "question-answering":
-        logits = torch.stack([found.start_logits, found.end_logits], dim=1)  # (batch, 2, time)
+        logits = torch.stack(tensors, dim=1)  # (batch, 2, time)
         for row, length in zip(_finite(logits), mask.sum(1).tolist(), strict=True):
             yield row[:, :length]
         return
-    for row, length in zip(_finite(found.logits), mask.sum(1).tolist(), strict=True):
+    for row, length in zip(_finite(tensors[0]), mask.sum(1).tolist(), strict=True):
         yield row[:length] if task.kind == "token-classification" else row
+
+
+_ANSWERS: Mapping[str, tuple[str, ...]] = {
+    "similarity": ("last_hidden_state",),
+    "question-answering": ("start_logits", "end_logits"),
+}
+"""What of a model's output a kind of task goes by, where that is not its logits."""
 
 
 def pooled(hidden: Tensor, mask: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import click
 
 from compresskit_cli.calibration_options import PARAMETERS, Samples, calibration_options, sequential_options
 from compresskit_cli.command import Command
-from compresskit_cli.compare_options import TaskJudge, compare_options
+from compresskit_cli.judge_options import TaskJudge, judge_options
 from compresskit_cli.options import Choice, choice_options, model_options, read_plan
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @model_options
 @choice_options
 @calibration_options
-@compare_options
+@judge_options
 @sequential_options
 @click.option(
     "--plan", "plan_file", type=click.Path(path_type=Path), help="Replay a plan that `compresskit plan` wrote."
@@ -51,9 +51,9 @@ def command(
     gradients: bool,
     sensitivity: str,
     compare: bool,
-    compare_by: str | None,
-    compare_data: str | None,
-    compare_split: str | None,
+    judge: str | None,
+    judge_data: str | None,
+    judge_split: str | None,
     robust: bool,
     even_words: bool,
     calibration: Path | None,
@@ -91,16 +91,16 @@ def command(
         even_words=even_words,
         compare=compare,
     )
-    by_task = TaskJudge(compare_by, compare_data, compare_split)
-    texts.check()
-    by_task.check(compare)
-    if plan_file is not None and (sensitivity != PARAMETERS or compare or compare_by is not None):
-        option = "--sensitivity" if sensitivity != PARAMETERS else "--compare" if compare_by is None else "--compare-by"
+    by_task = TaskJudge(judge, judge_data, judge_split)
+    texts.check(judged=judge is not None)
+    by_task.check(texts)
+    if plan_file is not None and (sensitivity != PARAMETERS or compare):
+        option = "--compare" if compare else "--sensitivity"
         raise click.UsageError(f"--plan says what becomes of each layer: {option} has no say in it")
     arguments = None
     if plan_file is None:
         arguments = options.arguments()
-        by_task.check_methods(arguments)
+        texts.check_methods(arguments)
     elif options.given():
         raise click.UsageError("--plan says what becomes of each layer: give no method, budget or pattern with it")
     output = output or Path(_default_name(model, options, plan_file))
@@ -112,9 +112,8 @@ def command(
     dense = time_dense(loaded, measure)
     with render.progress_bar() as on_progress:
         plan = None if arguments is not None else plan_from_json(data, loaded)
-        judge = by_task.made(loaded, folder)
-        how = texts.collect(loaded, folder, seed=seed, planning=plan is None, on_progress=on_progress)
-        how |= {} if judge is None else {"compare": judge}
+        by = by_task.made(loaded, folder)
+        how = texts.collect(loaded, folder, seed=seed, planning=plan is None, judge=by, on_progress=on_progress)
         how |= {"on_progress": on_progress, "provenance": provenance}
         report = compress(loaded, **(arguments or {}), **how) if plan is None else apply(loaded, plan, **how)
     card = model_card(
@@ -193,7 +192,7 @@ def _provenance(
 
 def _facts(report: "Report") -> list[tuple[str, str]]:
     """The report in short, for the screen and for the model card."""
-    from compresskit_cli.render import compared, count, size
+    from compresskit_cli.render import compared, count, searched, size
 
     return [
         ("parameters", f"{count(report.params_before)} -> {count(report.params_after)}"),
@@ -207,6 +206,7 @@ def _facts(report: "Report") -> list[tuple[str, str]]:
         ("expected speed-up of replaced layers", f"{report.expected_speedup:.2f} (128 tokens, two CPU cores)"),
         ("relative error of replaced weights", f"{report.relative_error:.4f}"),
         *([] if report.weighted_error is None else [("relative error of outputs", f"{report.weighted_error:.4f}")]),
+        *([("searched", searched(report.searched))] if report.searched else []),
         *([("whole models compared, each wrong by", compared(report.compared))] if report.compared else []),
     ]
 

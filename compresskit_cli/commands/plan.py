@@ -9,7 +9,7 @@ import click
 
 from compresskit_cli.calibration_options import Samples, calibration_options
 from compresskit_cli.command import Command
-from compresskit_cli.compare_options import TaskJudge, compare_options
+from compresskit_cli.judge_options import TaskJudge, judge_options
 from compresskit_cli.options import Choice, choice_options, model_options
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @model_options
 @choice_options
 @calibration_options
-@compare_options
+@judge_options
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Also write the plan to this JSON file.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Also draw the front, other sizes' errors, as this SVG.")
 @click.option("--force", is_flag=True, help="Replace an existing --output or --plot file.")
@@ -41,9 +41,9 @@ def command(
     gradients: bool,
     sensitivity: str,
     compare: bool,
-    compare_by: str | None,
-    compare_data: str | None,
-    compare_split: str | None,
+    judge: str | None,
+    judge_data: str | None,
+    judge_split: str | None,
     robust: bool,
     even_words: bool,
     calibration: Path | None,
@@ -71,18 +71,17 @@ def command(
         even_words=even_words,
         compare=compare,
     )
-    by_task = TaskJudge(compare_by, compare_data, compare_split)
-    texts.check()
-    by_task.check(compare)
-    by_task.check_methods(arguments)
+    by_task = TaskJudge(judge, judge_data, judge_split)
+    texts.check(judged=judge is not None)
+    by_task.check(texts)
+    texts.check_methods(arguments)
     for path, kind in ((output, "JSON"), (plot, "SVG")):
         if path is not None:
             check_file(path, force=force, kind=kind)
     loaded, folder = load(model, revision=revision, dtype=dtype, device=device, seed=seed)
     with render.progress_bar() as on_progress:
-        judge = by_task.made(loaded, folder)
-        how = texts.collect(loaded, folder, seed=seed, on_progress=on_progress)
-        how |= {} if judge is None else {"compare": judge}
+        by = by_task.made(loaded, folder)
+        how = texts.collect(loaded, folder, seed=seed, judge=by, on_progress=on_progress)
         made = plan(loaded, **arguments, **how, on_progress=on_progress)
     text = json.dumps(made.to_json(), indent=1)
     if output is not None:

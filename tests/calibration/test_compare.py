@@ -123,9 +123,10 @@ def test_the_plan_says_what_it_was_compared_with():
     moments = calibrate(dense, samples())
     trials = Trials(dense, samples(1), importances_of(moments, dense))
     trials.squared_error(_planned(dense, moments))
-    said = trials.found.saying({"a": 0.5})
+    said = trials.found.saying({"a": 0.5}, {"8 x 8 (linear)": 4.0})
     assert said.planned.plan.compared == (("a", 0.5),)
-    assert dataclasses.replace(said.planned.plan, compared=()) == trials.found.planned.plan
+    assert said.planned.plan.searched == (("8 x 8 (linear)", 4.0),)
+    assert dataclasses.replace(said.planned.plan, compared=(), searched=()) == trials.found.planned.plan
 
 
 def test_what_trials_before_have_fitted_is_not_fitted_again(monkeypatch):
@@ -173,3 +174,28 @@ def test_a_judge_that_gives_no_measure_is_refused(said):
     with pytest.raises(CalibrationError, match=r"a number of at least 0; got (-0\.1|nan|inf)"):
         compresskit.compress(model, BOTH, ratio=2.5, calibration=moments, compare=lambda _: said, **LINEAR)
     assert_unchanged(model, before)
+
+
+def test_what_layers_count_is_searched_again_for_the_method_that_is_taken():
+    """A judge that wants low rank everywhere, and then few parameters in the feed-forward network."""
+    dense = build("bert").eval()
+    moments = calibrate(dense, samples())
+
+    def judge(small):
+        structures = [getattr(module, "structure", None) for module in small.modules()]
+        others = sum(structure is not None and structure.kind != "low-rank" for structure in structures)
+        params = sum(p.numel() for name, p in small.named_parameters() if "attention" not in name)
+        return others + params / sum(p.numel() for p in small.parameters())
+
+    reports, models = {}, {}
+    for name, more in (("compared", {}), ("both", {"search": judge})):
+        models[name] = copy.deepcopy(dense)
+        how = {"ratio": 2.5, "calibration": moments, "compare": judge, **more, **LINEAR}
+        reports[name] = compresskit.compress(models[name], Auto(methods="svd+blast"), **how)
+        assert {site.method for site in reports[name].sites} == {"svd"}
+        assert reports[name].compared[0][0] == "svd"
+        assert judge(models[name]) == pytest.approx(reports[name].compared[0][1])
+    assert reports["compared"].searched == ()
+    assert judge(models["both"]) < judge(models["compared"])
+    assert reports["both"].searched
+    assert all(factor > 0 and factor != 1 for _, factor in reports["both"].searched)

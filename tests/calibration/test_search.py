@@ -56,6 +56,8 @@ def test_a_shape_whose_errors_are_hidden_gets_less():
         moments = calibrate(model, samples())
         plan = compresskit.plan(model, "svd", ratio=2.5, calibration=moments, search=search, **LINEAR)
         found[name] = sum(p.params for p in plan.sites if "attention" not in p.site.name)
+        assert bool(plan.searched) == (name == "searched")
+        assert plan.to_json()["searched"] == dict(plan.searched)
     assert found["searched"] < found["start"]
 
 

@@ -26,7 +26,7 @@ REPORT = {
     *("output", "disk_bytes_before", "disk_bytes_after", "peak_memory_bytes", "compress_time_s", "time_s", "gap"),
     *("ratio", "site_ratio", "body_ratio", "bytes_ratio", "macs_ratio", "relative_error", "sites", "left"),
     *("coverage", "expected_speedup", "measured"),
-    *("weighted_error", "corrected_biases", "calibration", "front", "compared"),
+    *("weighted_error", "corrected_biases", "calibration", "front", "compared", "searched"),
     *("params_before", "params_after", "bytes_before", "bytes_after"),
     *("embedding_params_before", "embedding_params_after"),
 }
