@@ -105,18 +105,18 @@ class Workshop:
         _save(model.cpu(), tokenizer, folder)
         close_run(run)
 
-    def stage_1(self, preset: Preset, ratio: float, texts: str, key: str) -> Path:
-        """Folder `stage1-<key>` of a student that was distilled on plain text; made unless it is there."""
+    def stage_1(self, preset: Preset, by: Path, ratio: float, texts: str, key: str) -> Path:
+        """Folder `stage1-<key>` of a student that a model distilled on plain text; made unless it is there."""
         folder = self.work / f"stage1-{key}"
         with self._alone(folder):
             if not folder.exists():
-                self._distill_on_text(preset, ratio, texts, folder)
+                self._distill_on_text(preset, by, ratio, texts, folder)
         return folder
 
-    def _distill_on_text(self, preset: Preset, ratio: float, texts: str, folder: Path) -> None:
+    def _distill_on_text(self, preset: Preset, by: Path, ratio: float, texts: str, folder: Path) -> None:
         run = self.work / f"{folder.name}.training"
         cache, resume = self.work / "corpus", interrupted_run(run)
-        done = distill(preset, self.base(), run, corpus=self.corpus(texts), ratio=ratio, cache=cache, resume=resume)
+        done = distill(preset, by, run, corpus=self.corpus(texts), ratio=ratio, cache=cache, resume=resume)
         said = {"stages": done.to_json()["stages"], "parameters": done.params}
         _save(done.student, done.tokenizer, folder, {"stage1.json": json.dumps(said)})
         close_run(run)

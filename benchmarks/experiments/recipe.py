@@ -11,6 +11,7 @@ from typing import Any, ClassVar, final
 from benchmarks.experiments import Experiment, ExperimentSkipped, Outcome, SuiteError
 
 STAGES = ("two", "one")
+FIRST = ("base", "teacher")
 TEACHERS: Mapping[str, Mapping[str, Any]] = {
     "mrpc": {"epochs": 3.0, "lr": 5e-5, "batch_size": 16},
     "rte": {"epochs": 4.0, "lr": 5e-5, "batch_size": 16},
@@ -34,6 +35,8 @@ class Recipe(Experiment):
         ratio: of the whole model.
         task: of `compresskit.tasks`, or `own`: our own sentences.
         stages: `two`: plain text and then the task; `one`: the task alone.
+        first: whose weights a student of two stages starts from, and who teaches it in the first: `base`, the model
+            that was not trained on the task, as in KroneckerBERT, or the task's own `teacher`.
         settings: that differ from the preset, as `corpus.max_steps=1000`.
         model: `minilm`, or a random one.
         texts: of the first stage. `data`: the folder `text` in that of --data; `own`: our own sentences.
@@ -43,12 +46,13 @@ class Recipe(Experiment):
     """
 
     kind: ClassVar[str] = "recipe"
-    later: ClassVar[tuple[str, ...]] = ("device",)
+    later: ClassVar[tuple[str, ...]] = ("device", "first")
 
     preset: str
     ratio: float
     task: str
     stages: str = "two"
+    first: str = FIRST[0]
     settings: tuple[str, ...] = ()
     model: str = "minilm"
     texts: str = "data"
@@ -62,6 +66,8 @@ class Recipe(Experiment):
     def run_in(self, data: Path | None, work: Path) -> Outcome:
         if self.stages not in STAGES:
             raise SuiteError(f"{self.kind}: stages is {' or '.join(STAGES)}, got {self.stages!r}")
+        if self.first not in FIRST or (self.first != FIRST[0] and self.stages != "two"):
+            raise SuiteError(f"{self.kind}: first is {' or '.join(FIRST)}, with two stages; got {self.first!r}")
         if data is None and (self.task != "own" or self.texts != "own"):
             raise ExperimentSkipped("give the folder that holds glue/ and text/ with --data")
         from benchmarks.devices import device_name, find_device, multiply_in
@@ -73,10 +79,11 @@ class Recipe(Experiment):
         shop = Workshop(work, data, self.model, 0, self.dtype, self.device)
         student = None
         first: dict[str, Any] | None = None
-        if self.stages == "two":
-            student = shop.stage_1(self._preset("corpus"), self.ratio, self.texts, self._stage_1_key())
-            first = stage_1_figures(student)
         teacher = shop.teacher(self.task, TEACHERS.get(self.task, {}))
+        if self.stages == "two":
+            by = shop.base() if self.first == FIRST[0] else teacher
+            student = shop.stage_1(self._preset("corpus"), by, self.ratio, self.texts, self._stage_1_key())
+            first = stage_1_figures(student)
         figures = shop.distill(self._preset("task"), self.task, teacher, self.key(), student=student, ratio=self.ratio)
         primary = next(iter(figures["metrics"]))
         kept = figures["metrics"][primary] / figures["teacher"][primary] if figures["teacher"][primary] else 0.0
@@ -96,9 +103,10 @@ class Recipe(Experiment):
         )
 
     def _stage_1_key(self) -> str:
-        """The same for all tasks."""
+        """The same for all tasks, unless their teachers teach the first stage."""
         tables = {name: table for name, table in self._preset("corpus").data.items() if name != "task"}
-        said = json.dumps([self.model, self.texts, self.ratio, tables], sort_keys=True)
+        by = [] if self.first == FIRST[0] else [self.task]
+        said = json.dumps([self.model, self.texts, self.ratio, tables, *by], sort_keys=True)
         digest = hashlib.sha256(said.encode()).hexdigest()[:12]
         return f"{self.preset.replace(':', '-')}-{self.ratio:g}-{digest}"
 
@@ -109,7 +117,7 @@ class Recipe(Experiment):
             "task": configuration["task"],
             "preset": configuration["preset"],
             "asked": f"{configuration['ratio']:g}",
-            "stages": configuration["stages"],
+            "stages": configuration["stages"] + (", by the teacher" if configuration.get("first") == FIRST[1] else ""),
             "seed": str(configuration["seed"]),
             "parameters": f"{figures['parameters']:,}",
             "metric": primary,

@@ -4,6 +4,7 @@ import pytest
 
 from benchmarks.experiments import ExperimentSkipped, SuiteError, make_experiment
 from benchmarks.recipes import Workshop
+from compresskit import recipes
 
 BASE = {"kind": "recipe", "preset": "svd-kd", "ratio": 2, "task": "mrpc"}
 
@@ -18,7 +19,25 @@ def test_tasks_share_the_student_of_the_first_stage_and_nothing_else_does():
         *(key(ratio=4), key(seed=1), key(preset="tucker-kd"), key(texts="own"), key(dtype="bfloat16")),
         key(settings=["corpus.max_steps=5"]),
     ]
-    assert len({key(), *others}) == 1 + len(others)
+    by_teachers = [key(first="teacher"), key(first="teacher", task="rte")]
+    assert len({key(), *others, *by_teachers}) == 1 + len(others) + len(by_teachers)
+
+
+@pytest.mark.parametrize(("first", "source"), [("base", "model-tiny-0"), ("teacher", "teacher-own")])
+def test_the_teacher_of_a_task_may_teach_the_first_stage(first, source, tmp_path, monkeypatch):
+    taught = []
+
+    def distill(preset, teacher, run, **how):
+        taught.append((teacher.name, "corpus" in how, "task" in how))
+        return recipes.distill(preset, teacher, run, **how)
+
+    monkeypatch.setattr("benchmarks.recipes.distill", distill)
+    settings = ["task.max_steps=1", "task.batch_size=4"]
+    settings += ["corpus.max_steps=1", "corpus.batch_size=4", "corpus.max_length=32"]
+    own = {"task": "own", "texts": "own", "model": "tiny", "settings": settings, "first": first}
+    figures = make_experiment({**BASE, **own}).run_in(None, tmp_path).figures
+    assert taught == [(source, True, False), ("teacher-own", False, True)]
+    assert figures["stage_1"]["parameters"] < figures["teacher_parameters"]
 
 
 def test_a_teacher_is_made_once_and_goes_on_where_it_was(tmp_path):
@@ -36,6 +55,8 @@ def test_a_teacher_is_made_once_and_goes_on_where_it_was(tmp_path):
     [
         ({}, ExperimentSkipped, "give the folder that holds glue/ and text/ with --data"),
         ({"stages": "three"}, SuiteError, "stages is two or one, got 'three'"),
+        ({"first": "both"}, SuiteError, "first is base or teacher, with two stages; got 'both'"),
+        ({"first": "teacher", "stages": "one"}, SuiteError, "with two stages"),
     ],
 )
 def test_what_cannot_run_says_why(changes, error, message, tmp_path):
