@@ -33,7 +33,9 @@ def training_bar() -> Iterator["OnTrainProgress"]:
 @contextmanager
 def stage_bars() -> Iterator["OnStage"]:
     """A bar as `training_bar` for each stage, by its name; a line a minute if the standard error is no terminal."""
-    if not progress_console.is_terminal:
+    from compresskit.tasks import is_first
+
+    if not (progress_console.is_terminal and is_first()):
         yield ProgressLines()
         return
     with _bar("{task.fields[said]}") as bar:
@@ -116,11 +118,11 @@ def run_folder(output: Path, *, resume: bool, force: bool) -> Path:
         TrainingError: an interrupted run is there, and is neither to be resumed nor to be discarded.
     """
     from compresskit.errors import TrainingError
-    from compresskit.tasks import close_run, interrupted_run
+    from compresskit.tasks import close_run, interrupted_run, is_first
 
     path = output.expanduser().absolute()
     run = path.with_name(f"{path.name}.run")
-    if interrupted_run(run) and not resume:
+    if is_first() and interrupted_run(run) and not resume:
         if not force:
             raise TrainingError(f"{run} holds an interrupted run: --resume goes on with it, --force discards it")
         close_run(run)

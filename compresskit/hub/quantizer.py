@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
+from compresskit.core.modules import FactorizedEmbedding
 from compresskit.errors import CheckpointError
 from compresskit.hub.config import QUANT_METHOD, CompresskitConfig, sites_json
 from compresskit.hub.files import check_factors, tensor_shapes
@@ -59,6 +60,9 @@ class CompresskitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Model, **kwargs: Any) -> Model:
         _refuse_random(model)
+        for module in model.modules():
+            if isinstance(module, FactorizedEmbedding) and module.padding_row is not None:
+                module.padding_row.requires_grad_(False)  # loading makes every number trainable
         _attach_(model, self)
         return model
 

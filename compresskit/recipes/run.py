@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -22,10 +21,12 @@ from compresskit.recipes.results import Distilled, read_stage
 from compresskit.recipes.stages import CORPUS, TASK, OnStage, Splits, corpus_rows, corpus_stage, load_splits, task_stage
 from compresskit.recipes.students import Model, student_maker
 from compresskit.surgery.sites import count_params
-from compresskit.tasks import Task, close_run, open_run
+from compresskit.tasks import Processes, Task, close_run, open_run
 
 SCORED = "scores.json"
 """In a run's folder: the teacher's and the untrained student's scores, so that a run that is resumed has them."""
+STUDENTS = "students"
+"""There, too: untrained students for the other processes."""
 OnNote = Callable[[str], None]
 
 
@@ -50,6 +51,9 @@ def distill(
 ) -> Distilled:
     """Make a student of the teacher as a preset says, and train it: on plain text, then on a task.
 
+    Under `torchrun` or `accelerate launch` in several processes, which share a file system: the first one makes the
+    student, the batches of all make a step, and all return the same.
+
     Args:
         preset: of `preset(...)`, its settings changed by `with_values`.
         teacher: folder or hub id of the model that was trained on the task; without a task any encoder.
@@ -70,50 +74,60 @@ def distill(
 
     Raises:
         OptionError: neither task nor corpus, or the preset lacks the stage, or a size.
-        DataError, CheckpointError, DistillError: data, models and preset do not fit together, or it runs in several
-            processes; before any training.
+        DataError, CheckpointError, DistillError: data, models and preset do not fit together, or several processes are
+            to share a teacher's cache; before any training.
         TrainingError: the run cannot be resumed, or has diverged.
     """
     start, folder, note = time.perf_counter(), Path(run), on_note or (lambda text: None)
-    _check_alone()
     stages = _stages_of(preset, task, corpus=corpus is not None)
     for text in _left_out(preset, stages):
         note(text)
     models = open_models(teacher, base=base, student=student, task=task)
     task = models.task
     recipes = _recipes(preset, stages, task)
-    models = models.to(_device(recipes))
+    device = _device(recipes)
+    processes = Processes(device)
+    if cache_teacher and not processes.alone:
+        raise DistillError(
+            "several processes cannot share the teacher's answers on disk: leave the teacher's cache out"
+        )
+    models = models.to(device)
     length = max_length or (recipes[TASK].max_length if TASK in recipes else None)
-    splits = None if task is None else load_splits(task, data, models.tokenizer, max_length=length)
+    with processes.first_then_others():
+        splits = None if task is None else load_splits(task, data, models.tokenizer, max_length=length)
     record = _record(preset, recipes, models, splits, ratio=ratio, params=params, max_length=length)
-    open_run(folder, record, resume=resume)
+    processes.once(lambda: open_run(folder, record, resume=resume))
     try:
         texts = partial(_calibration_texts, recipes, splits, corpus, models.tokenizer, Path(cache or folder) / "text")
-        first, last = _students(preset, models, recipes, texts, ratio=ratio, params=params)
-        kept = TeacherCache(Path(cache or folder) / "teacher") if cache_teacher else None
-        made = _stages(
-            recipes,
-            models,
-            splits,
-            first,
-            last,
-            corpus=corpus,
-            text_cache=Path(cache or folder) / "text",
-            tokenizer=models.tokenizer,
-            folder=folder,
-            teacher_cache=kept,
-            on_progress=on_progress,
+        make = partial(_students, preset, models, recipes, texts, ratio=ratio, params=params)
+        first, last = (
+            make() if processes.alone or models.student is not None else _shared(make, models, processes, folder)
         )
+        kept = TeacherCache(Path(cache or folder) / "teacher") if cache_teacher else None
+        with processes.first_then_others():
+            made = _stages(
+                recipes,
+                models,
+                splits,
+                first,
+                last,
+                corpus=corpus,
+                text_cache=Path(cache or folder) / "text",
+                tokenizer=models.tokenizer,
+                folder=folder,
+                teacher_cache=kept,
+                on_progress=on_progress,
+            )
     except CompresskitError:
-        if not resume:
+        if not resume and processes.first:
             close_run(folder)
         raise
     ours, theirs = count_params(last), count_params(models.teacher)
     note(f"student: {ours:,} parameters, teacher: {theirs:,}, ratio {theirs / ours:.2f}")
-    before, teachers = _scores(folder, splits, last, models.teacher)
+    before, teachers = processes.once(lambda: _scores(folder, splits, last, models.teacher))
     trained = run_stages(first, made, resume=resume).eval()
-    metrics = {} if splits is None else splits.dev.metrics(trained)
-    return Distilled(
+    metrics = processes.once(lambda: {} if splits is None else splits.dev.metrics(trained))
+    found = Distilled(
         student=trained.cpu(),
         tokenizer=models.tokenizer,
         preset=preset,
@@ -127,15 +141,8 @@ def distill(
         max_length=length,
         time_s=time.perf_counter() - start,
     )
-
-
-def _check_alone() -> None:
-    """Raise DistillError in one of several processes: they would all write into one run."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise DistillError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but a recipe runs in one process; for several, launch a script "
-            "with DistillationTrainer and the objective of the preset"
-        )
+    processes.leave()
+    return found
 
 
 def _stages_of(preset: Preset, task: Task | None, *, corpus: bool) -> list[str]:
@@ -226,6 +233,27 @@ def _students(
             return last, last
         torch.manual_seed(seed)
         return make(models.base), last
+
+
+def _shared(
+    make: Callable[[], tuple[Model, Model]], models: Models, processes: Processes, folder: Path
+) -> tuple[Model, Model]:
+    """The students that the first process makes; the others open them."""
+    made = make() if processes.first else None
+    same = processes.once(lambda: made is not None and made[0] is made[1])
+    kinds = {"last": models.teacher} if same else {"first": models.base, "last": models.teacher}
+    if made is not None:
+        for name, student in zip(reversed(kinds), reversed(made), strict=False):
+            student.save_pretrained(folder / STUDENTS / name)
+    processes.wait()
+    if made is None:
+        opened = [
+            type(like).from_pretrained(folder / STUDENTS / name).to(like.device, like.dtype)
+            for name, like in kinds.items()
+        ]
+        made = opened[0], opened[-1]
+    processes.wait()
+    return made
 
 
 def _stages(

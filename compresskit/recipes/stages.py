@@ -21,6 +21,7 @@ from compresskit.tasks import (
     SentencePairs,
     Task,
     TrainProgress,
+    agreed,
     collator,
     load_corpus,
     load_task_data,
@@ -200,7 +201,7 @@ class SaveByClock(TrainerCallback):  # type: ignore[misc]
         self._saved = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if time.monotonic() - self._saved > self._every_s:
+        if agreed(time.monotonic() - self._saved > self._every_s, args):
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -18,6 +18,7 @@ from compresskit.tasks.labels import align_labels
 from compresskit.tasks.metrics import agreement, predictions_of, score
 from compresskit.tasks.models import model_for, pretrained, tokenizer_for
 from compresskit.tasks.pretraining import PretrainingCollator, SentencePairs
+from compresskit.tasks.processes import Processes, agreed, is_first
 from compresskit.tasks.runs import close_run, interrupted_run, open_run
 from compresskit.tasks.settings import TrainSettings, training_arguments
 from compresskit.tasks.task import (
@@ -43,12 +44,14 @@ __all__ = [
     "HubSource",
     "OnTrainProgress",
     "PretrainingCollator",
+    "Processes",
     "ProgressCallback",
     "SentencePairs",
     "Task",
     "TrainProgress",
     "TrainSettings",
     "Training",
+    "agreed",
     "agreement",
     "align_labels",
     "close_run",
@@ -58,6 +61,7 @@ __all__ = [
     "find_task",
     "finetune_",
     "interrupted_run",
+    "is_first",
     "load_corpus",
     "load_task_data",
     "model_for",

@@ -13,6 +13,7 @@ from compresskit.tasks.callbacks import OnTrainProgress, training_callbacks
 from compresskit.tasks.data import load_task_data
 from compresskit.tasks.features import checked_length, collator, tokenized
 from compresskit.tasks.labels import align_labels
+from compresskit.tasks.processes import Processes
 from compresskit.tasks.runs import LOG, open_run
 from compresskit.tasks.settings import TrainSettings, training_arguments
 from compresskit.tasks.task import Task
@@ -55,6 +56,8 @@ def finetune_(
 ) -> Training:
     """Train the model on the task's `train` split; changes it into the best checkpoint by the primary dev metric.
 
+    Under `torchrun` or `accelerate launch` in several processes, which share a file system.
+
     Args:
         model: of `model_for(task, ..., new_head=True)`.
         data: a file's folder or hub id, None for the task's own on the hub.
@@ -68,8 +71,10 @@ def finetune_(
         raise DataError(f"the task {task.name} has no labels to train on; stsb is the supervised form of sts")
     settings = settings or TrainSettings()
     folder, task = Path(run), align_labels(task, model.config)
-    train, dev = (load_task_data(task, data, split) for split in ("train", "dev"))
-    features = [tokenized(examples, task, tokenizer, max_length=max_length) for examples in (train, dev)]
+    processes = Processes(settings.torch_device())
+    with processes.first_then_others():
+        train, dev = (load_task_data(task, data, split) for split in ("train", "dev"))
+        features = [tokenized(examples, task, tokenizer, max_length=max_length) for examples in (train, dev)]
     record = {
         "task": dataclasses.asdict(task),
         "settings": dataclasses.asdict(settings),
@@ -77,7 +82,7 @@ def finetune_(
         "train": train._fingerprint,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
-    checkpoint = open_run(folder, record, resume=resume)
+    checkpoint = processes.once(lambda: open_run(folder, record, resume=resume))
     trainer = transformers.Trainer(
         model,
         training_arguments(settings, folder, metric=task.primary),
@@ -92,8 +97,10 @@ def finetune_(
     trainer.train(resume_from_checkpoint=checkpoint)
     model.eval()
     state, time_s = trainer.state, time.perf_counter() - start
+    metrics = processes.once(lambda: dev_set.metrics(model))
+    processes.leave()
     return Training(
-        metrics=dev_set.metrics(model),
+        metrics=metrics,
         best_step=state.best_global_step,
         steps=state.global_step,
         epochs=state.epoch,

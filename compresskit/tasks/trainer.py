@@ -105,4 +105,5 @@ def _evaluate(
 def _bucket_sampler(trainer: Any, train_dataset: Any = None) -> BucketSampler:
     rows = trainer.train_dataset if train_dataset is None else train_dataset
     lengths = list(rows["length"][:])  # row by row would take seconds
-    return BucketSampler(lengths, trainer.args.train_batch_size, trainer.args.seed)
+    together = trainer.args.train_batch_size * trainer.args.world_size  # what all processes read at a time: alike, too
+    return BucketSampler(lengths, together, trainer.args.seed)

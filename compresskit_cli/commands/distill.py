@@ -1,6 +1,7 @@
 """`compresskit distill`: make a student of a teacher as a preset says, and train it against the teacher."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,7 @@ def command(
     from compresskit.hub import check_output
     from compresskit.recipes import distill
     from compresskit.recipes import preset as find
+    from compresskit.tasks import is_first
     from compresskit_cli import render
     from compresskit_cli.training import quiet, run_folder, spare_model, stage_bars
 
@@ -81,13 +83,16 @@ def command(
                 max_length=max_length,
                 resume=resume,
                 on_progress=on_progress,
-                on_note=lambda text: render.progress_console.print(text, soft_wrap=True),
+                on_note=partial(render.progress_console.print, soft_wrap=True) if is_first() else None,
                 **models,
                 **sources,
             )
     except (KeyboardInterrupt, SystemExit):
-        click.echo(f"Checkpoints are in {run}: the same command with --resume goes on.", err=True)
+        if is_first():
+            click.echo(f"Checkpoints are in {run}: the same command with --resume goes on.", err=True)
         raise
+    if not is_first():
+        return
     _save(result, teacher, models["base"], output, run, force=force)
     if as_json:
         click.echo(json.dumps({"output": str(output), **result.to_json()}, indent=1))

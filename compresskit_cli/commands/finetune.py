@@ -43,7 +43,7 @@ def command(
         compresskit finetune ./model --task mrpc --data glue --output ./teacher --epochs 3 --lr 2e-5
     """
     from compresskit.hub import check_output
-    from compresskit.tasks import TrainSettings
+    from compresskit.tasks import TrainSettings, is_first
     from compresskit_cli.training import quiet, run_folder, spare_model
 
     choice = TaskChoice(**{name: options.pop(name) for name in TaskChoice.__dataclass_fields__})
@@ -53,6 +53,8 @@ def command(
     quiet()
     run = run_folder(output, resume=resume, force=force)
     result = _train(model, task, data, run, settings, revision=revision, max_length=max_length, resume=resume)
+    if not is_first():
+        return
     trained, folder, task, training = result
     _save(trained, folder, output, run, task, training, settings, force=force, model=model)
     facts = {"output": str(output), "task": task.name, **vars(training)}

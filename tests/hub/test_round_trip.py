@@ -52,6 +52,8 @@ def test_every_family_comes_back_bit_for_bit(name: str, method: Decomposition, t
     torch.testing.assert_close(outputs(again), outputs(model), rtol=0, atol=0)
     assert layout_of(again) == layout_of(model)
     assert count_params(again) == count_params(model) < count_params(dense(name))
+    for kept in (model, again):
+        assert not any(p.requires_grad for name, p in kept.named_parameters() if name.endswith(".padding_row"))
     assert again.config.quantization_config.to_dict() == model.config.quantization_config.to_dict()
 
 

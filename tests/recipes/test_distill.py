@@ -10,7 +10,7 @@ import compresskit
 import compresskit.recipes as recipes
 from compresskit.errors import CheckpointError, DataError, DistillError, OptionError, TrainingError
 from compresskit.recipes.stages import SaveByClock
-from compresskit.tasks import custom_task, find_task
+from compresskit.tasks import Processes, custom_task, find_task
 from tests.recipes.conftest import VOCAB, config, save
 from tests.recipes.test_end_to_end import short
 
@@ -219,7 +219,9 @@ def test_checkpoints_are_kept_by_the_clock():
     assert control.should_save
 
 
-def test_several_processes_are_refused(teacher, reviews, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(DistillError, match="WORLD_SIZE is 2, but a recipe runs in one process"):
-        recipes.distill(short("kroneckerbert:k8"), teacher, tmp_path / "run", task=SST2, data=reviews)
+def test_several_processes_do_not_share_a_teachers_cache(teacher, reviews, tmp_path, monkeypatch):
+    monkeypatch.setattr(Processes, "alone", False)
+    given = {"task": SST2, "data": reviews, "cache_teacher": True}
+    with pytest.raises(DistillError, match="several processes cannot share the teacher's answers"):
+        recipes.distill(short("kroneckerbert:k8"), teacher, tmp_path / "run", **given)
+    assert not (tmp_path / "run").exists()
