@@ -1,7 +1,7 @@
 """A plan found by trying whole models: what layers count is searched, and plans of one method alone are compared."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, final
 
 from torch import nn
 
@@ -10,10 +10,11 @@ from compresskit.calibration.data import Batch
 from compresskit.calibration.search import search_sensitivities
 from compresskit.calibration.trials import Found, Judge, Trials
 from compresskit.core.importance import Importance
-from compresskit.surgery.pricing import OnProgress, Planned
+from compresskit.surgery.pricing import OnProgress, Planned, Progress
 from compresskit.surgery.rivals import alone, rivals_of
 from compresskit.surgery.rules import Assignment
 
+Measure = Sequence[Batch] | Judge
 PlanFor = Callable[[Assignment, Mapping[str, float] | None], Planned]
 """The plan of some rules for some sensitivities, by name of each site what its squared relative error counts."""
 
@@ -25,15 +26,15 @@ def tried_plan(
     importances: Mapping[str, Importance],
     sensitivities: Mapping[str, float] | None,
     *,
-    search: Sequence[Batch] | Judge | None,
-    compare: Sequence[Batch] | Judge | None,
+    search: Measure | None,
+    compare: Measure | None,
     robust: bool,
     on_progress: OnProgress | None,
 ) -> Found | None:
     """The best plan that was tried; None if there was nothing to try.
 
-    First the search, then the comparison for what layers were found to count. If a method alone is taken, what layers
-    count is searched for it again: that need not be the same.
+    With both, what layers count is searched for each method alone as well, since that need not be the same, and the
+    best plans of all are compared.
 
     Args:
         search, compare: samples, or a judge; None: not done.
@@ -42,32 +43,71 @@ def tried_plan(
         on_progress: called after each fit and each model.
     """
     start = sensitivities or {site.name: float(site.num_params) for site, _ in assignment.chosen}
-    how: dict[str, Any] = {"robust": robust, "on_progress": on_progress}
-    found: Found | None = None
-    trials: Trials | None = None
-    factors: dict[str, float] = {}
-    errors: dict[str, float] = {}
-
-    def searched(rules: Assignment, by: Sequence[Batch] | Judge) -> Found:
-        nonlocal start, trials
-        trials = Trials(model, by, importances, before=trials, **how)
-        best = search_sensitivities(model, lambda some: plan_for(rules, some), trials, start, on_progress=on_progress)
-        start = best.sensitivities
-        for shape, factor in best.factors.items():
-            factors[shape] = factors.get(shape, 1.0) * factor
-        return trials.found
-
+    tests = _Tests(model, plan_for, importances, start, robust=robust, on_progress=on_progress)
+    if compare is None:
+        if search is None:
+            return None
+        trials, factors = tests.searched(assignment, search)
+        return trials.found.saying({}, factors)
+    planned = plan_for(assignment, sensitivities)
+    rivals = rivals_of(planned, assignment, start, lambda other: plan_for(other, sensitivities))
+    margin = 1.0 if callable(compare) else MARGIN
     if search is not None:
-        found = searched(assignment, search)
-    if compare is not None:
-        planned = plan_for(assignment, sensitivities) if found is None else found.planned
-        rivals = rivals_of(planned, assignment, start, lambda other: plan_for(other, start))
-        if rivals:
-            margin = 1.0 if callable(compare) else MARGIN
-            trials = Trials(model, compare, importances, before=trials, margin=margin, **how)
-            errors = compare_plans(trials, planned, rivals, on_progress=on_progress)
-            taken, found = next(iter(errors)), trials.found
-            if search is not None and taken != TOGETHER:
-                found = searched(alone(assignment, taken), search)
-                errors[taken] = found.squared_error**0.5
-    return None if found is None else found.saying(errors, {shape: f for shape, f in factors.items() if f != 1})
+        return tests.best_of_searches(assignment, rivals, search, compare, margin)
+    if not rivals:
+        return None
+    trials = tests.trials(compare, margin=margin)
+    errors = compare_plans(trials, planned, rivals, on_progress=on_progress)
+    return trials.found.saying(errors, {})
+
+
+@final
+class _Tests:
+    """What tests of one model share."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan_for: PlanFor,
+        importances: Mapping[str, Importance],
+        start: Mapping[str, float],
+        *,
+        robust: bool,
+        on_progress: OnProgress | None,
+    ) -> None:
+        self._model, self._plan_for, self._importances, self._start = model, plan_for, importances, start
+        self._robust, self._on_progress = robust, on_progress
+
+    def trials(self, by: Measure, *, before: Trials | None = None, margin: float = 1.0) -> Trials:
+        how: dict[str, Any] = {"robust": self._robust, "on_progress": self._on_progress}
+        return Trials(self._model, by, self._importances, before=before, margin=margin, **how)
+
+    def searched(self, rules: Assignment, by: Measure) -> tuple[Trials, Mapping[str, float]]:
+        """The trials of a search, the best plan among them, and by how much it has shapes count more or less."""
+        trials = self.trials(by)
+        best = search_sensitivities(
+            self._model, lambda some: self._plan_for(rules, some), trials, self._start, on_progress=self._on_progress
+        )
+        return trials, best.factors
+
+    def best_of_searches(
+        self, assignment: Assignment, rivals: Mapping[str, Planned], search: Measure, compare: Measure, margin: float
+    ) -> Found:
+        """The rules and each rival's searched, and the best plans of all compared."""
+        best: tuple[Found, str, Mapping[str, float]] | None = None
+        errors: dict[str, float] = {}
+        for name in (TOGETHER, *rivals):
+            trials, factors = self.searched(assignment if name == TOGETHER else alone(assignment, name), search)
+            found = trials.found
+            if compare is not search:
+                judged = self.trials(compare, before=trials)
+                judged.squared_error(found.planned)
+                found = judged.found
+            errors[name] = found.squared_error**0.5
+            if self._on_progress is not None:
+                self._on_progress(Progress("rivals", name, len(errors), 1 + len(rivals), errors[name]))
+            if best is None or found.squared_error * margin < best[0].squared_error:
+                best = found, name, factors
+        assert best is not None
+        found, taken, factors = best
+        return found.saying({taken: errors[taken], **errors} if rivals else {}, factors)

@@ -176,7 +176,7 @@ def test_a_judge_that_gives_no_measure_is_refused(said):
     assert_unchanged(model, before)
 
 
-def test_what_layers_count_is_searched_again_for_the_method_that_is_taken():
+def test_what_layers_count_is_searched_for_each_method_alone():
     """A judge that wants low rank everywhere, and then few parameters in the feed-forward network."""
     dense = build("bert").eval()
     moments = calibrate(dense, samples())
