@@ -2,7 +2,7 @@
 
 import csv
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -87,6 +87,12 @@ class StsB:
         first, second = embed(model, tokenizer, [*self.first, *self.second]).split(len(self.scores))
         cosines: list[float] = (first * second).sum(-1).tolist()
         return cosines
+
+
+def disagreement(dense: nn.Module, tokenizer: Any, pairs: StsB) -> Callable[[nn.Module], float]:
+    """How wrong a model is: 1 - rank correlation of its cosines of pairs with the dense one's; scores have no say."""
+    wanted = pairs.cosines(dense, tokenizer)
+    return lambda small: 1 - rank_correlation(pairs.cosines(small, tokenizer), wanted)
 
 
 def rank_correlation(ours: Sequence[float], theirs: Sequence[float]) -> float:

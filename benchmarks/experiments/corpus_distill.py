@@ -30,6 +30,8 @@ class CorpusDistill(Experiment):
             the ratio is its own.
         calibration: fit to what the layers see on so many of the texts; 0: to the weights alone.
         budget: structures that are fitted to texts are chosen by errors of the layers' `outputs`, or of `weights`.
+        searched: what layers of each shape count is searched by agreement with the dense model on the cosines of so
+            many pairs of sentences, those of STS-B's train split without their scores; 0: it is not.
         fit: `robust`: expecting inputs to be off; `even-words`: all words count alike; both with a calibration.
         model: `minilm`, or a random one.
         texts: `data`: the folder `text` in that of --data; `own`: the sentences of the benchmarks.
@@ -44,7 +46,7 @@ class CorpusDistill(Experiment):
     """
 
     kind: ClassVar[str] = "corpus-distill"
-    later: ClassVar[tuple[str, ...]] = ("rules", "fit", "device", "budget")
+    later: ClassVar[tuple[str, ...]] = ("rules", "fit", "device", "budget", "searched")
 
     method: str
     ratio: float
@@ -69,6 +71,7 @@ class CorpusDistill(Experiment):
     fit: str = "weighted"
     device: str = "cpu"
     budget: str = "outputs"
+    searched: int = 0
 
     def run(self, data: Path | None) -> Outcome:
         with TemporaryDirectory() as work:
@@ -93,7 +96,7 @@ class CorpusDistill(Experiment):
         )
         sts_b = None if data is None else read_sts_b(data / STS_B)
         measure = Measure(dense, tokenizer, held_out, sts_b)
-        student, report = self._student(dense, rows)
+        student, report = self._student(dense, rows, self._judge(dense, tokenizer, data))
         settings = TrainSettings(
             max_steps=self.steps,
             lr=self.lr,
@@ -117,7 +120,17 @@ class CorpusDistill(Experiment):
             return Outcome(figures, {"sts_b": "no folder was given with --data"})
         return Outcome(figures | {"sts_b": {"pairs": len(sts_b.scores), "sha256": sts_b.sha256}})
 
-    def _student(self, dense: Any, rows: Any) -> tuple[Any, dict[str, Any]]:
+    def _judge(self, dense: Any, tokenizer: Any, data: Path | None) -> Any:
+        from benchmarks.embeddings import disagreement, read_sts_b
+
+        if not self.searched:
+            return None
+        if not self.calibration or self.budget != BUDGETS[0] or self.method == SMALL or data is None:
+            raise SuiteError(f"{self.kind}: searched needs --data, a method, a calibration, and its budget")
+        pairs = read_sts_b(data / STS_B.with_name("train.tsv")).every(self.searched)
+        return disagreement(dense, tokenizer, pairs)
+
+    def _student(self, dense: Any, rows: Any, judge: Any = None) -> tuple[Any, dict[str, Any]]:
         """The student, and what is kept of the report on it."""
         import compresskit
         from compresskit.calibration import calibrate
@@ -149,7 +162,7 @@ class CorpusDistill(Experiment):
             planned = compresskit.plan(student, method, rules=rules, **size)
             report = compresskit.apply(student, planned, **how)
         else:
-            report = compresskit.compress(student, method, rules=rules, **size, **how)
+            report = compresskit.compress(student, method, rules=rules, search=judge, **size, **how)
         said = report.to_json()
         return student, {name: said[name] for name in REPORTED}
 
@@ -196,4 +209,5 @@ def _fitted_to(configuration: Mapping[str, Any]) -> str:
         return "weights"
     said = [f"{configuration['calibration']} texts", configuration.get("fit")]
     said += [f"budget by {configuration['budget']}" if "budget" in configuration else None]
+    said += ["searched"] if configuration.get("searched") else []
     return ", ".join(filter(None, said))

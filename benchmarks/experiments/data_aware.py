@@ -134,7 +134,7 @@ class DataAware(Experiment):
 
     def _judge(self, dense: Any, tokenizer: Any, data: Path | None) -> Callable[[int], Callable[[Any], float]]:
         """By number of pairs: how far a model is from the dense one's cosines of them."""
-        from benchmarks.embeddings import StsB, rank_correlation, read_sentences, read_sts_b
+        from benchmarks.embeddings import StsB, disagreement, read_sentences, read_sts_b
 
         def of(number: int) -> Callable[[Any], float]:
             if data is None:
@@ -142,8 +142,7 @@ class DataAware(Experiment):
                 pairs = StsB(tuple(first), tuple(first[1:] + first[:1]), (0.0,) * len(first), "")
             else:
                 pairs = read_sts_b(data / STS_B.with_name("train.tsv")).every(number)
-            wanted = pairs.cosines(dense, tokenizer)
-            return lambda small: 1 - rank_correlation(pairs.cosines(small, tokenizer), wanted)
+            return disagreement(dense, tokenizer, pairs)
 
         return of
 

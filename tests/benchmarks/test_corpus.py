@@ -1,6 +1,7 @@
 """Distillation on plain text as the benchmarks do it: it goes on where it was killed, and measures what it says."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import compresskit
 from benchmarks.corpus import Measure, read_corpus, train_
 from benchmarks.embeddings import SENTENCES, read_sentences
 from benchmarks.experiments import ExperimentSkipped, SuiteError, make_experiment
+from benchmarks.experiments.quality import STS_B
 from benchmarks.models import load_model
 from compresskit.distill import Objective, make_loss
 from compresskit.tasks import TrainSettings
@@ -99,11 +101,27 @@ def test_a_narrower_student_is_measured_with_its_learned_projection(shop, tmp_pa
     assert not any("hidden_error" in point for point in told.curve)  # the map is learned for directions alone
 
 
+def test_a_student_is_searched_by_agreement_on_pairs(shop, tmp_path):
+    dense, tokenizer, rows, _ = shop
+    folder = tmp_path / STS_B.parent
+    folder.mkdir(parents=True)
+    texts = read_sentences()
+    lines = ["sentence1\tsentence2\tscore", *(f"{a}\t{b}\t0" for a, b in itertools.pairwise(texts[:24]))]
+    (folder / "train.tsv").write_text("\n".join(lines), "utf-8")
+    asked = {"kind": "corpus-distill", "method": "svd", "ratio": 2, "model": "tiny", "calibration": 16, "searched": 16}
+    experiment = make_experiment(asked)
+    judge = experiment._judge(dense, tokenizer, tmp_path)
+    assert judge(dense) == pytest.approx(0, abs=1e-6)
+    wrong = [judge(experiment._student(dense, rows, by)[0]) for by in (None, judge)]
+    assert 0 < wrong[1] <= wrong[0]
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({}, ExperimentSkipped, "no plain text: give a folder that holds text/ with --data"),
         ({"texts": "own", "part": "head"}, SuiteError, "part is model or encoder, .*got 'head'"),
+        ({"texts": "own", "searched": 8}, SuiteError, "searched needs --data, a method, a calibration"),
     ],
 )
 def test_what_cannot_run_says_why(options, error, message, tmp_path):

@@ -49,6 +49,7 @@ def distilled_row(result):
     rules = "".join(f", {rule}" for rule in configuration.get("rules", ()))
     more = f", {configuration['fit']}" if "fit" in configuration else ""
     more += f", budget by {configuration['budget']}" if "budget" in configuration else ""
+    more += ", searched" if configuration.get("searched") else ""
     projected = figures["training"]["projection_params"] > 0  # its states have another size
     cells = [
         f"{part}, {configuration['ratio']:g}",
