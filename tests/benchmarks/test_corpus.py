@@ -108,7 +108,7 @@ def test_a_student_is_searched_by_agreement_on_pairs(shop, tmp_path):
     texts = read_sentences()
     lines = ["sentence1\tsentence2\tscore", *(f"{a}\t{b}\t0" for a, b in itertools.pairwise(texts[:24]))]
     (folder / "train.tsv").write_text("\n".join(lines), "utf-8")
-    asked = {"kind": "corpus-distill", "method": "svd", "ratio": 2, "model": "tiny", "calibration": 16, "searched": 16}
+    asked = {"kind": "corpus-distill", "method": "svd", "ratio": 5, "model": "tiny", "calibration": 16, "searched": 16}
     experiment = make_experiment(asked)
     judge = experiment._judge(dense, tokenizer, tmp_path)
     assert judge(dense) == pytest.approx(0, abs=1e-6)
