@@ -82,7 +82,8 @@ def compress(
         compare: where the method chooses between several (`auto`): batches of samples on which its plan is compared
             with plans of one method alone, those that are expected to lose hardly more. One whose model answers
             notably nearer to the dense one is made instead; the report says by how much each was off. Or such a
-            function: the plan is made whose model it says is least wrong.
+            function: the plan is made whose model it says is least wrong. With `search` as well, what layers count is
+            searched for each of these plans.
         robust: fit for inputs that are off as much as the layers before are expected to answer wrongly. Structures are
             chosen as without. Worth a try where much is lost; measured, it helps some sizes and hurts others.
         samples: batches, as `list(read_batches(...))`, that `sequential` and `refine` run on; without `calibration`,

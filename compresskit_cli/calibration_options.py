@@ -207,7 +207,7 @@ def calibration_options(function: F) -> F:
             "--compare",
             is_flag=True,
             help="Where a method chooses between others (auto), also make models of one of them alone and keep what "
-            "answers nearest on the texts.",
+            "answers nearest on the texts; with --sensitivity searched, each is searched.",
         ),
         click.option("--robust", is_flag=True, help="Expect inputs to be off, since layers before are compressed too."),
         click.option("--even-words", is_flag=True, help="All words count alike, not as often as the texts have them."),
