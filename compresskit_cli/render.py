@@ -154,7 +154,7 @@ def plan(plan: "Plan", *, calibrated: bool = False) -> None:
     left_dense(plan.left)
     gap = "" if plan.gap is None else f"; at most {plan.gap:.2%} from the least possible loss"
     if plan.searched:
-        say(f"Searched: {searched(plan.searched)}.")
+        say(f"By the search errors count {searched(plan.searched)}.")
     if plan.compared:
         say(f"Whole models compared, each wrong by: {compared(plan.compared)}.")
     say(f"Whole model: {count(plan.num_params)} -> {count(plan.params_after)} parameters, ratio {plan.ratio:.3f}{gap}.")
@@ -213,7 +213,7 @@ def _others(alternatives: Sequence[tuple[str, float]], chosen: str, most: int = 
 
 def searched(factors: Sequence[tuple[str, float]]) -> str:
     """How much more or less errors of layers of some shapes were found to count."""
-    return ", ".join(f"errors of {shape} count {factor:g} times as much" for shape, factor in factors)
+    return ", ".join(f"{factor:g} times for {shape}" for shape, factor in factors)
 
 
 def compared(errors: Sequence[tuple[str, float]]) -> str:

@@ -206,7 +206,7 @@ def _facts(report: "Report") -> list[tuple[str, str]]:
         ("expected speed-up of replaced layers", f"{report.expected_speedup:.2f} (128 tokens, two CPU cores)"),
         ("relative error of replaced weights", f"{report.relative_error:.4f}"),
         *([] if report.weighted_error is None else [("relative error of outputs", f"{report.weighted_error:.4f}")]),
-        *([("searched", searched(report.searched))] if report.searched else []),
+        *([("by the search errors count", searched(report.searched))] if report.searched else []),
         *([("whole models compared, each wrong by", compared(report.compared))] if report.compared else []),
     ]
 

@@ -69,6 +69,7 @@ def task_row(result):
     on_gpu = "device" in configuration
     said = {
         ", task stage alone": configuration["stages"] == "one",
+        ", both stages by the teacher": configuration.get("first") == "teacher",
         ", balanced": "attention-scores.weight" in settings and ("compress.calibration" in settings or on_gpu),
     }
     cells = [
@@ -119,15 +120,39 @@ def agreement_rows(results):
     return rows
 
 
-def judged_rows(results):
-    """The best single families, and `auto` that chose by agreement on other pairs: sizes, not more."""
+def sizes_of(results):
+    """All fits to 512 plain texts without options, by part and ratio."""
     by_size = {}
     for result in results:
         configuration, fits = result["configuration"], result["figures"]["fits"]
         if configuration.keys().isdisjoint({"texts", "sensitivity", "rules"}) and configuration["samples"] == 512:
             by_size.setdefault((configuration["scope"], configuration["ratio"]), {}).update(fits)
+    return by_size
+
+
+def searched_rows(results):
+    """The best single family without a search; SVD and the best of all where what layers count was searched."""
     rows = []
-    for (scope, ratio), fits in by_size.items():
+    for (scope, ratio), fits in sizes_of(results).items():
+        if not fits.keys() & {"svd searched", "auto searched judged"}:
+            continue
+        cells = [f"{'whole model' if scope == 'whole' else 'encoder alone'}, {ratio:g}"]
+        for measure in ("sts_b", "sts_b_agreement"):
+            single = {name.split()[0]: fits[name].get(measure) or 0.0 for name in FAMILIES[:-1]}
+            best = max(single, key=single.__getitem__)
+            found = [fits.get(name, {}).get(measure) for name in ("svd searched", "auto searched judged")]
+            cells.append(f"{best} {single[best]:.3f}" if single[best] else "")
+            cells += ["" if value is None else f"{value:.3f}" for value in found]
+        made = fits.get("auto searched judged") or fits["svd searched"]
+        factors = ", ".join(f"{shape} by {factor:g}" for shape, factor in made["searched"].items())
+        rows.append(line_of([*cells, f"{next(iter(made['compared']), 'svd')}: {factors}"]))
+    return rows
+
+
+def judged_rows(results):
+    """The best single families, and `auto` that chose by agreement on other pairs: sizes, not more."""
+    rows = []
+    for (scope, ratio), fits in sizes_of(results).items():
         if "auto judged" in fits:
             part, judged = {"whole": "whole model", "encoder": "encoder alone"}[scope], fits["auto judged"]
             cells = [f"{part}, {ratio:g}"]
@@ -225,5 +250,5 @@ def test_every_data_aware_fit_that_was_measured_is_in_the_table_and_no_other():
     results = results_of("data-aware")
     assert results
     rows = rows_below("With some texts, without training", ("whole model", "encoder alone"))
-    made = [of(results) for of in (data_aware_rows, agreement_rows, judged_rows, alike_rows)]
+    made = [of(results) for of in (data_aware_rows, agreement_rows, judged_rows, searched_rows, alike_rows)]
     assert sorted(rows) == sorted(itertools.chain(*made))

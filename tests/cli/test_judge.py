@@ -48,7 +48,11 @@ def test_the_checkpoint_remembers_the_task(cli: Cli, work: Path, pairs: Path) ->
 def test_what_layers_count_is_searched_without_texts(cli: Cli, work: Path, pairs: Path) -> None:
     by = ("--judge", "sts", "--judge-data", pairs)
     plain = cli("compress", "bert", "-m", "svd", "--ratio", "2", "-o", "plain", "--json").json()
-    cli("compress", "bert", "-m", "svd", "--ratio", "2", "--sensitivity", "searched", *by, "-o", "searched")
+    how = ("bert", "-m", "svd", "--ratio", "2", "--sensitivity", "searched", *by)
+    said = cli("compress", *how, "-o", "searched").out
+    found = cli("plan", *how, "--json").json()["searched"]
+    assert found
+    assert all(f"{factor:g} times for {shape}" in said for shape, factor in found.items())
     scores = {
         name: cli("evaluate", name, "--task", "sts", "--data", pairs, "--json").json()["metrics"]["spearman"]
         for name in ("plain", "searched")
