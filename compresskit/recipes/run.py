@@ -61,8 +61,8 @@ def distill(
         task, data: of `compresskit.tasks`; None: only the corpus stage, for an encoder without a head. A task that is
             only scored (`sts`) chooses the best checkpoint of the corpus stage.
         corpus: folder of `*.txt`, or hub id; None: only the task stage.
-        base: pre-trained model that teaches in the corpus stage and whose weights the student starts from; None: the
-            teacher itself.
+        base: pre-trained model that teaches in the corpus stage and whose weights the student starts from, as in
+            KroneckerBERT; None: the teacher itself, which kept more where it was measured (README).
         student: folder of a student of one's own, compressed or not, in place of one that the preset makes.
         ratio, params: size of the whole student, None: the preset's.
         max_length: tokens of an input of the task, None: the preset's, or the task's own.
