@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 @click.option("--teacher", required=True, metavar="MODEL", help="Model that was trained on the task (finetune).")
 @task_options
 @click.option("--corpus", metavar="WHERE", help="Plain text for stage 1: folder of *.txt, or hub id.")
-@click.option("--base", metavar="MODEL", help="Start and teacher of stage 1: the pre-trained model. Default: the teacher.")
+@click.option(
+    "--base", metavar="MODEL", help="Start and teacher of stage 1, e.g. the untuned model. Default: the teacher."
+)
 @click.option("--student", metavar="MODEL", help="A compressed or small model to train, in place of making one.")
 @click.option("--ratio", type=float, help="Teacher's / student's parameters, whole models. Default: the preset's.")
 @click.option("--params", type=Count(), help="Parameters of the student, e.g. 5.7M.")
