@@ -9,7 +9,11 @@ import torch
 from accelerate import PartialState
 from torch import distributed
 
+from compresskit.errors import TrainingError
+
 T = TypeVar("T")
+NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What launchers tell each of several processes, besides WORLD_SIZE."""
 
 
 @final
@@ -20,10 +24,19 @@ class Processes:
 
     Args:
         device: where models train: how processes talk to each other depends on it.
+
+    Raises:
+        TrainingError: there are to be several, but no launcher has said which of them this is.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+        self._alone = _number() == 1
+        missing = [name for name in NEEDED if name not in os.environ]
+        if not self._alone and missing:
+            raise TrainingError(
+                f"WORLD_SIZE is {_number()}, but {' and '.join(missing)} are not set: start the processes by torchrun or "
+                "accelerate launch, or unset WORLD_SIZE for one"
+            )
         if not self._alone:
             PartialState(cpu=device.type == "cpu")
 
@@ -67,7 +80,11 @@ class Processes:
 
 def is_first() -> bool:
     """Whether this process is the only one of its training, or the first; without asking the others."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return _number() == 1 or int(os.environ.get("RANK", "0")) == 0
+
+
+def _number() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def agreed(flag: bool, args: Any) -> bool:
