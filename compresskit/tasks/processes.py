@@ -34,8 +34,8 @@ class Processes:
         missing = [name for name in NEEDED if name not in os.environ]
         if not self._alone and missing:
             raise TrainingError(
-                f"WORLD_SIZE is {_number()}, but {' and '.join(missing)} are not set: start the processes by torchrun or "
-                "accelerate launch, or unset WORLD_SIZE for one"
+                f"WORLD_SIZE is {_number()}, but {' and '.join(missing)} are not set: start the processes by torchrun "
+                "or accelerate launch, or unset WORLD_SIZE for one"
             )
         if not self._alone:
             PartialState(cpu=device.type == "cpu")
