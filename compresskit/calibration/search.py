@@ -9,8 +9,6 @@ after the other, by factors of four and then of two; what has been priced and fi
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import final
 
 from torch import nn
 
@@ -24,20 +22,6 @@ STEPS = (4.0, 2.0)
 PlanOf = Callable[[Mapping[str, float]], Planned]
 
 
-@final
-@dataclass(frozen=True)
-class Searched:
-    """What layers count.
-
-    Args:
-        sensitivities: by name of each site.
-        factors: by shape, how many times as much as at the start; the shapes whose factor is not one.
-    """
-
-    sensitivities: Mapping[str, float]
-    factors: Mapping[str, float]
-
-
 def search_sensitivities(
     model: nn.Module,
     plan_of: PlanOf,
@@ -45,8 +29,10 @@ def search_sensitivities(
     start: Mapping[str, float],
     *,
     on_progress: OnProgress | None = None,
-) -> Searched:
-    """The sensitivities that do best on trial; never worse on the samples than the start. Fits are in `trials.found`.
+) -> dict[str, float]:
+    """By shape, how many times as much as at the start its layers count in the best trial, where that is not once.
+
+    Never worse on the samples than the start. Plan and fits are in `trials.found`.
 
     Args:
         plan_of: the plan for some sensitivities, by name of each site what its squared relative error counts.
@@ -74,7 +60,7 @@ def search_sensitivities(
             tried = {**best, shape: best[shape] * factor}
             while (error := error_of(tried)) < least:
                 best, least, tried = tried, error, {**tried, shape: tried[shape] * factor}
-    return Searched(_times(start, shapes, best), {shape: factor for shape, factor in best.items() if factor != 1})
+    return {shape: factor for shape, factor in best.items() if factor != 1}
 
 
 def _shape(site: Site) -> str:

@@ -85,10 +85,10 @@ class _Tests:
     def searched(self, rules: Assignment, by: Measure) -> tuple[Trials, Mapping[str, float]]:
         """The trials of a search, the best plan among them, and by how much it has shapes count more or less."""
         trials = self.trials(by)
-        best = search_sensitivities(
+        factors = search_sensitivities(
             self._model, lambda some: self._plan_for(rules, some), trials, self._start, on_progress=self._on_progress
         )
-        return trials, best.factors
+        return trials, factors
 
     def best_of_searches(
         self, assignment: Assignment, rivals: Mapping[str, Planned], search: Measure, compare: Measure, margin: float
