@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +35,22 @@ class Steps:
         model: of `benchmarks.models`.
         method, ratio: of the student, a compressed copy.
         batch, tokens: size of the batch; the texts are from half as long as `tokens` to `tokens` long if `padded`.
+        bf16: passes under autocast, those by hand as PyTorch does them; losses in float32.
     """
 
     def __init__(
-        self, model: str, method: str, ratio: float, batch: int, tokens: int, padded: bool, seed: int, folder: str
+        self,
+        model: str,
+        method: str,
+        ratio: float,
+        batch: int,
+        tokens: int,
+        padded: bool,
+        seed: int,
+        folder: str,
+        bf16: bool = False,
     ) -> None:
+        self._autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=bf16)
         self.teacher, _ = load_model(model, seed=seed, sentences=read_sentences())
         self.student = copy.deepcopy(self.teacher)
         compresskit.compress(self.student, method, ratio=ratio)
@@ -47,7 +59,7 @@ class Steps:
             self.teacher,
             self.student,
             Objective(make_loss("hidden-states"), make_loss("attention-scores")),
-            TrainingArguments(folder, use_cpu=True, report_to="none", disable_tqdm=True),
+            TrainingArguments(folder, use_cpu=True, bf16=bf16, report_to="none", disable_tqdm=True),
         )
 
     def nothing(self) -> None:
@@ -55,15 +67,13 @@ class Steps:
 
     def passes(self) -> None:
         """Teacher forward without gradients, student forward, backward from the sum of the same features: no loss."""
-        with _kept(self.student) as ours:
-            _, student = self._forward(ours)
+        _, student = self._forward()
         torch.stack([tensor.sum() for tensor in student]).sum().backward()
         self.student.zero_grad()
 
     def by_hand(self) -> None:
         """`passes` with the losses written out: F.mse_loss of hidden states and of scores, padding counted in."""
-        with _kept(self.student) as ours:
-            teacher, student = self._forward(ours)
+        teacher, student = self._forward()
         layers = self.teacher.config.num_hidden_layers
         loss = sum(F.mse_loss(s, t) for s, t in zip(student[:layers], teacher[:layers], strict=True))
         for layer in range(layers, 3 * layers, 2):
@@ -77,12 +87,13 @@ class Steps:
         self.trainer.training_step(self.student, samples[0], totals)
         self.student.zero_grad()
 
-    def _forward(self, ours: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def _forward(self) -> tuple[list[Tensor], list[Tensor]]:
         """Features of both: hidden states of all layers, then query and key of each layer."""
-        with torch.no_grad(), _kept(self.teacher) as theirs:
+        with torch.no_grad(), self._autocast(), _kept(self.teacher) as theirs:
             self.teacher.eval()(**self.batch)
-        self.student.train()(**self.batch)
-        return theirs, ours
+        with self._autocast(), _kept(self.student) as ours:
+            self.student.train()(**self.batch)
+        return [tensor.float() for tensor in theirs], [tensor.float() for tensor in ours]
 
     def _scores(self, query: Tensor, key: Tensor) -> Tensor:
         heads = self.teacher.config.num_attention_heads

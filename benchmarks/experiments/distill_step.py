@@ -31,11 +31,13 @@ class DistillStep(Experiment):
         method, ratio: of the student, a compressed copy of the teacher.
         model: the teacher: `minilm`, or a random one.
         batch, tokens: size of the batch.
+        dtype: bfloat16: both under autocast, by hand as PyTorch does it.
         padding: `some` makes texts from half of `tokens` to `tokens` long, `none` all of `tokens`.
         repeats: rounds of timing; the figures are their medians.
     """
 
     kind: ClassVar[str] = "distill-step"
+    later: ClassVar[tuple[str, ...]] = ("dtype",)
 
     method: str
     ratio: float
@@ -44,6 +46,7 @@ class DistillStep(Experiment):
     tokens: int = 64
     padding: str = "some"
     repeats: int = 7
+    dtype: str = "float32"
 
     def run(self, data: Path | None) -> Outcome:
         peaks = {how: self._peak_bytes(how) for how in ("nothing", "by_hand", "ours")}  # before torch is imported here
@@ -69,7 +72,8 @@ class DistillStep(Experiment):
 
     def _options(self) -> dict[str, Any]:
         names = ("model", "method", "ratio", "batch", "tokens", "seed")
-        return {name: getattr(self, name) for name in names} | {"padded": self.padding == "some"}
+        more = {"padded": self.padding == "some", "bf16": self.dtype == "bfloat16"}
+        return {name: getattr(self, name) for name in names} | more
 
     def _peak_bytes(self, how: str) -> int:
         return run_process(
@@ -82,6 +86,7 @@ class DistillStep(Experiment):
         return {
             "method": configuration["method"],
             "ratio": f"{configuration['ratio']:g}",
+            "multiplies in": configuration.get("dtype", "float32"),
             "batch": f"{configuration['batch']} x {configuration['tokens']}, padding: {configuration['padding']}",
             "time / by hand": f"{figures['time_ratio']:.3f}",
             "target": against(limit, figures["time_ratio"]),

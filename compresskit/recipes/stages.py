@@ -94,9 +94,7 @@ def corpus_stage(
         DataError: no text there.
     """
     words, sentences = recipe.mlm and has_words(student, teacher), recipe.nsp and has_sentences(student, teacher)
-    rows = corpus_rows(recipe, corpus, tokenizer, cache, halved=sentences)
-    if sentences:
-        rows = SentencePairs(rows, seed=recipe.settings.seed)
+    rows = corpus_rows(recipe, corpus, tokenizer, cache, labelled=sentences)
     collate: Any = collator(tokenizer, multiple_of=8 if recipe.settings.bf16 else 1)
     if words:
         collate = PretrainingCollator(collate, recipe.settings.seed)
@@ -127,17 +125,21 @@ def corpus_stage(
     )
 
 
-def corpus_rows(recipe: StageRecipe, corpus: str | Path, tokenizer: Any, cache: Path, *, halved: bool = False) -> Any:
-    """Pieces of plain text as token ids.
+def corpus_rows(
+    recipe: StageRecipe, corpus: str | Path, tokenizer: Any, cache: Path, *, labelled: bool = False
+) -> Features | SentencePairs:
+    """Pieces of plain text as token ids, or pairs of them.
 
     Args:
-        halved: half as long, two of them make an example.
+        labelled: pairs with what next sentence needs, whether or not the recipe asks for pairs.
 
     Raises:
         DataError: no text there.
     """
     length = min(recipe.max_length or 128, tokenizer.model_max_length)
-    return load_corpus(corpus, tokenizer, cache=cache, max_length=(length + 1) // 2 if halved else length)
+    paired = recipe.pairs or labelled
+    rows = load_corpus(corpus, tokenizer, cache=cache, max_length=(length + 1) // 2 if paired else length)
+    return SentencePairs(rows, tokenizer, seed=recipe.settings.seed, labelled=labelled) if paired else rows
 
 
 def task_stage(

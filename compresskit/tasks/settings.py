@@ -101,7 +101,7 @@ def training_arguments(settings: TrainSettings, folder: str | Path, *, metric: s
         "max_grad_norm": settings.max_grad_norm,
         "seed": settings.seed,
         "bf16": settings.bf16,
-        "use_cpu": settings.device == "cpu",
+        "use_cpu": settings.torch_device().type == "cpu",  # its bfloat16 is refused otherwise
         "eval_strategy": moments,
         "save_strategy": moments,
         **steps,

@@ -198,11 +198,12 @@ def test_impossible_settings_are_refused(settings: dict[str, Any], match: str) -
         tasks.TrainSettings(**settings)
 
 
+@pytest.mark.parametrize("device", ["cpu", "auto"])
 def test_training_in_bfloat16_keeps_float32_weights(
-    encoder: pathlib.Path, reviews: pathlib.Path, tmp_path: pathlib.Path
+    device: str, encoder: pathlib.Path, reviews: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     model = model_of(encoder)
-    found = train(model, encoder, reviews, tmp_path / "run", epochs=6, bf16=True)
+    found = train(model, encoder, reviews, tmp_path / "run", epochs=6, bf16=True, device=device)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert found.metrics["accuracy"] > 0.9
 

@@ -1,0 +1,84 @@
+"""Which precision attention is trained in; that it changes nothing else."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from compresskit.distill.attention import trained_attention
+from tests.distill.tiny import compressed, examples, model, objective, trainer
+
+CPU = torch.device("cpu")
+
+
+def asked(*, bf16=True, device=CPU, gradient_checkpointing=False, torch_compile=False):
+    return trained_attention(
+        SimpleNamespace(
+            bf16=bf16, device=device, gradient_checkpointing=gradient_checkpointing, torch_compile=torch_compile
+        )
+    )
+
+
+def attend(dtype, *, mask, trains=True):
+    """Attention of 2 x 3 heads over 5 tokens, and the gradient of the queries."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, 5, 8).to(dtype).requires_grad_(trains) for _ in range(3))
+    masks = {"none": None, "bool": torch.rand(2, 1, 5, 5) < 0.8, "float": torch.randn(2, 1, 5, 5).to(dtype)}
+    result = scaled_dot_product_attention(query, key, value, attn_mask=masks[mask], scale=0.3)
+    if trains:
+        result.square().sum().backward()
+    return result.detach(), query.grad
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "float"])
+def test_it_is_that_of_float32_rounded_once(mask):
+    with torch.autocast("cpu", torch.bfloat16), asked():
+        ours, gradient = attend(torch.bfloat16, mask=mask)
+    assert ours.dtype == gradient.dtype == torch.bfloat16
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, 5, 8).bfloat16().float().requires_grad_() for _ in range(3))
+    masks = {"none": None, "bool": torch.rand(2, 1, 5, 5) < 0.8}
+    masks["float"] = torch.randn(2, 1, 5, 5).bfloat16().float() if mask == "float" else None
+    wide = scaled_dot_product_attention(query, key, value, attn_mask=masks[mask], scale=0.3)
+    torch.testing.assert_close(ours, wide.detach().bfloat16(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"bf16": False}, {"device": torch.device("cuda")}, {"gradient_checkpointing": True}, {"torch_compile": True}],
+)
+def test_elsewhere_it_is_left_alone(how):
+    plain = attend(torch.bfloat16, mask="none")
+    with asked(**how):
+        ours = attend(torch.bfloat16, mask="none")
+    torch.testing.assert_close(ours, plain, rtol=0, atol=0)
+
+
+def test_without_a_gradient_and_in_other_precisions_it_is_left_alone():
+    with asked():
+        for dtype in (torch.float32, torch.float64):
+            assert attend(dtype, mask="float")[0].dtype == dtype
+        with torch.no_grad():
+            ours, _ = attend(torch.bfloat16, mask="none", trains=False)
+    plain, _ = attend(torch.bfloat16, mask="none", trains=False)
+    torch.testing.assert_close(ours, plain, rtol=0, atol=0)
+
+
+def test_the_student_s_backward_pass_is_in_float32_and_the_teacher_s_forward_pass_is_not(tmp_path):
+    """Seen below autograd, where the types are those that are computed in."""
+    teacher = model("sequence", attention_probs_dropout_prob=0)
+    goal = objective("hidden-states", "logits")
+    training = trainer(teacher, compressed(teacher), goal, tmp_path, data=examples("sequence"), bf16=True, max_steps=1)
+    kinds = []
+
+    class _Types(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "scaled_dot_product" in str(func):
+                kinds.append(("backward" in str(func), args[0].dtype))
+            return func(*args, **(kwargs or {}))
+
+    with _Types():
+        training.train()
+    assert {dtype for backward, dtype in kinds if backward} == {torch.float32}
+    assert {dtype for backward, dtype in kinds if not backward} == {torch.float32, torch.bfloat16}
