@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compresskit.distill.squares import DifferenceSquares, ScoreSquares
+
 MASKED = -1e4
 """Score of a pair that is none: exp of it is exactly 0, and differences of it stay finite."""
 
@@ -14,11 +16,22 @@ def token_squares(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     """Sum over real tokens of the mean squared difference.
 
     Args:
-        student, teacher: (batch, time, width).
+        student, teacher: (batch, time, width); no gradient goes to the teacher.
         mask: (batch, time) bool.
     """
-    squares = (student.float() - teacher.float()).square().mean(-1)  # (batch, time)
-    return squares.masked_fill(~mask, 0).sum()
+    total: Tensor = DifferenceSquares.apply(student, teacher, mask[..., None])  # type: ignore[no-untyped-call]
+    return total / student.shape[-1]
+
+
+def score_squares(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], pairs: Tensor) -> Tensor:
+    """Sum over real pairs of the squared difference of `scores`, mean over heads.
+
+    Args:
+        student, teacher: query and key of each, (batch, time, heads, size); no gradient goes to the teacher.
+        pairs: (batch, 1, time, time) bool.
+    """
+    total: Tensor = ScoreSquares.apply(*student, *teacher, pairs)  # type: ignore[no-untyped-call]
+    return total / student[0].shape[2]
 
 
 def pair_squares(student: Tensor, teacher: Tensor, pairs: Tensor) -> Tensor:

@@ -113,8 +113,6 @@ class StageRecipe:
         objective: the losses, without those of `mlm` and `nsp`.
         max_length: tokens of an input at most; None: the task's. A tokenizer's limit may be lower.
         mlm, nsp: plain text only: also masked words and next sentence, where teacher and student have such heads.
-        pairs: plain text only: two pieces make an example, as for next sentence, whatever the heads: half of them one
-            after the other in their document. For tasks of two texts.
         tasks: settings that differ for some tasks, by name.
     """
 
@@ -123,7 +121,6 @@ class StageRecipe:
     max_length: int | None = None
     mlm: bool = False
     nsp: bool = False
-    pairs: bool = False
     tasks: Mapping[str, Table] = field(default_factory=dict)
 
     def for_task(self, name: str) -> "StageRecipe":
@@ -293,7 +290,7 @@ def _smaller(table: Any, where: str) -> Smaller:
 
 
 def _stage(table: Any, where: str, kind: str) -> StageRecipe:
-    own = ("mlm", "nsp", "pairs") if kind == "corpus" else ("tasks",)
+    own = ("mlm", "nsp") if kind == "corpus" else ("tasks",)
     table = _known(table, [*_names(TrainSettings), "max_length", "loss", *own], where)
     tasks = table.get("tasks", {})
     if not isinstance(tasks, Mapping):
@@ -317,7 +314,6 @@ class _Stage:
     max_length: int | None = None
     mlm: bool = False
     nsp: bool = False
-    pairs: bool = False
 
 
 def _for_one_task(table: Any, where: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from compresskit.recipes.results import Distilled, read_stage
 from compresskit.recipes.stages import CORPUS, TASK, OnStage, Splits, corpus_rows, corpus_stage, load_splits, task_stage
 from compresskit.recipes.students import Model, student_maker
 from compresskit.surgery.sites import count_params
-from compresskit.tasks import Processes, SentencePairs, Task, close_run, open_run
+from compresskit.tasks import Processes, Task, close_run, open_run
 
 SCORED = "scores.json"
 """In a run's folder: the teacher's and the untrained student's scores, so that a run that is resumed has them."""
@@ -190,19 +190,12 @@ def _device(recipes: Mapping[str, StageRecipe]) -> torch.device:
 
 
 def _calibration_texts(
-    recipes: Mapping[str, StageRecipe],
-    splits: Splits | None,
-    corpus: str | Path | None,
-    tokenizer: Any,
-    cache: Path,
-    samples: int,
+    recipes: Mapping[str, StageRecipe], splits: Splits | None, corpus: str | Path | None, tokenizer: Any, cache: Path
 ) -> Any:
     """Rows of token ids alone: those of the first stage."""
     if CORPUS in recipes:
         assert corpus is not None
-        rows: Any = corpus_rows(recipes[CORPUS], corpus, tokenizer, cache)
-        if isinstance(rows, SentencePairs):
-            rows = rows.sample(samples, seed=recipes[CORPUS].settings.seed)
+        rows = corpus_rows(recipes[CORPUS], corpus, tokenizer, cache)
     else:
         assert splits is not None
         rows = splits.train
@@ -213,7 +206,7 @@ def _students(
     preset: Preset,
     models: Models,
     recipes: Mapping[str, StageRecipe],
-    texts: Callable[[int], Any],
+    texts: Callable[[], Any],
     *,
     ratio: float | None,
     params: int | None,
@@ -229,7 +222,7 @@ def _students(
     def seen(model: Model) -> Calibration | None:
         if not samples:
             return None
-        made = calibrate(model, texts(samples), tokenizer=models.tokenizer, samples=samples, seed=seed)
+        made = calibrate(model, texts(), tokenizer=models.tokenizer, samples=samples, seed=seed)
         return made.with_even_words() if getattr(preset.student, "even_words", False) else made
 
     make = student_maker(preset, models.teacher, ratio=ratio, params=params, calibrate=seen)

@@ -94,7 +94,9 @@ def corpus_stage(
         DataError: no text there.
     """
     words, sentences = recipe.mlm and has_words(student, teacher), recipe.nsp and has_sentences(student, teacher)
-    rows = corpus_rows(recipe, corpus, tokenizer, cache, labelled=sentences)
+    rows = corpus_rows(recipe, corpus, tokenizer, cache, halved=sentences)
+    if sentences:
+        rows = SentencePairs(rows, seed=recipe.settings.seed)
     collate: Any = collator(tokenizer, multiple_of=8 if recipe.settings.bf16 else 1)
     if words:
         collate = PretrainingCollator(collate, recipe.settings.seed)
@@ -125,21 +127,17 @@ def corpus_stage(
     )
 
 
-def corpus_rows(
-    recipe: StageRecipe, corpus: str | Path, tokenizer: Any, cache: Path, *, labelled: bool = False
-) -> Features | SentencePairs:
-    """Pieces of plain text as token ids, or pairs of them.
+def corpus_rows(recipe: StageRecipe, corpus: str | Path, tokenizer: Any, cache: Path, *, halved: bool = False) -> Any:
+    """Pieces of plain text as token ids.
 
     Args:
-        labelled: pairs with what next sentence needs, whether or not the recipe asks for pairs.
+        halved: half as long, two of them make an example.
 
     Raises:
         DataError: no text there.
     """
     length = min(recipe.max_length or 128, tokenizer.model_max_length)
-    paired = recipe.pairs or labelled
-    rows = load_corpus(corpus, tokenizer, cache=cache, max_length=(length + 1) // 2 if paired else length)
-    return SentencePairs(rows, tokenizer, seed=recipe.settings.seed, labelled=labelled) if paired else rows
+    return load_corpus(corpus, tokenizer, cache=cache, max_length=(length + 1) // 2 if halved else length)
 
 
 def task_stage(

@@ -76,19 +76,6 @@ def test_a_student_is_fitted_to_what_its_layers_see(stages, teacher, base, encod
     assert errors[1] < 0.8 * errors[0]
 
 
-def test_plain_text_in_pairs_trains_the_second_token_type(encoder, text, tmp_path):
-    """Nothing else would: a model without a next-sentence head is shown texts one by one otherwise."""
-    theirs = transformers.AutoModel.from_pretrained(encoder).embeddings.token_type_embeddings.weight
-    for pairs in (False, True):
-        values = {"corpus.pairs": pairs, "corpus.weight_decay": 0, "compress.calibration": 64}
-        result = recipes.distill(
-            short("svd-kd").with_values(values), encoder, tmp_path / str(pairs), corpus=text, ratio=2
-        )
-        ours = result.student.embeddings.token_type_embeddings.weight
-        assert not torch.equal(ours[0], theirs[0])
-        assert torch.equal(ours[1], theirs[1]) != pairs
-
-
 def test_a_stage_stops_when_its_scores_stay_below_the_best(teacher, reviews, tmp_path):
     values = {"task.lr": 1e-30, "task.max_steps": 20, "task.eval_steps": 1, "task.patience": 2}
     preset = short("svd-kd").with_values(values)  # nothing changes, so the first score stays the best

@@ -8,11 +8,13 @@ from torch import Tensor
 from compresskit.distill.anatomy import Anatomy
 from compresskit.distill.batch import Batch
 from compresskit.distill.loss import Comparison, LayerLoss, Tensors, check_heads, register, same_roles
-from compresskit.distill.measures import pair_squares, scores
+from compresskit.distill.measures import score_squares
 
 
 def _compare(student: Tensors, teacher: Tensors, batch: Batch) -> Tensor:
-    return pair_squares(scores(*student), scores(*teacher), batch.pairs)
+    query, key = student
+    teacher_query, teacher_key = teacher
+    return score_squares((query, key), (teacher_query, teacher_key), batch.pairs)
 
 
 @register
