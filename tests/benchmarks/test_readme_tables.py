@@ -69,6 +69,7 @@ def task_row(result):
     on_gpu = "device" in configuration
     said = {
         ", task stage alone": configuration["stages"] == "one",
+        ", longer": "task.epochs=8" in settings,
         ", balanced": "attention-scores.weight" in settings and ("compress.calibration" in settings or on_gpu),
     }
     cells = [
