@@ -31,7 +31,7 @@ class DistillStep(Experiment):
         method, ratio: of the student, a compressed copy of the teacher.
         model: the teacher: `minilm`, or a random one.
         batch, tokens: size of the batch.
-        dtype: bfloat16: both under autocast, by hand as PyTorch does it.
+        dtype: bfloat16: both under autocast, by hand as PyTorch does it; and ours in float32 beside them.
         padding: `some` makes texts from half of `tokens` to `tokens` long, `none` all of `tokens`.
         repeats: rounds of timing; the figures are their medians.
     """
@@ -55,12 +55,16 @@ class DistillStep(Experiment):
         with TemporaryDirectory() as folder:
             steps = Steps(**self._options(), folder=folder)
             calls = {how: getattr(steps, how) for how in ("passes", "by_hand", "ours")}
+            if self.dtype != "float32":
+                calls["float32"] = Steps(**{**self._options(), "bf16": False}, folder=folder).ours
             for call in calls.values():
                 call()  # the first of a process is no measure
             times = interleave({how: partial(time_call, call) for how, call in calls.items()}, self.repeats)
         grown = {how: peaks[how] - peaks["nothing"] for how in ("by_hand", "ours")}
+        wide = {"time_over_float32": median_ratio(times["ours"], times["float32"])} if "float32" in times else {}
         return Outcome(
             {
+                **wide,
                 "time_ratio": median_ratio(times["ours"], times["by_hand"]),
                 "time_over_passes": median_ratio(times["ours"], times["passes"]),
                 "memory_ratio": peaks["ours"] / peaks["by_hand"],
@@ -91,6 +95,7 @@ class DistillStep(Experiment):
             "time / by hand": f"{figures['time_ratio']:.3f}",
             "target": against(limit, figures["time_ratio"]),
             "time / passes without losses": f"{figures['time_over_passes']:.3f}",
+            "time / in float32": f"{figures['time_over_float32']:.3f}" if "time_over_float32" in figures else "",
             "peak memory / by hand": f"{figures['memory_ratio']:.3f}",
             "target for memory": against(limit, figures["memory_ratio"]),
             "memory of the step alone / by hand": f"{figures['step_memory_ratio']:.3f}",
