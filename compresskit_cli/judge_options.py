@@ -46,7 +46,7 @@ class TaskJudge:
         return {"judge": self.judge, "judge_data": data, "judge_split": self.judge_split or SPLIT}
 
     def made(self, model: "PreTrainedModel", folder: Path) -> "Judge | None":
-        """1 minus the task's primary metric; the data is read, and the model itself scored, first.
+        """What the task's primary metric lacks of the best, 1 or 0 nats; the model itself is scored first.
 
         Raises:
             UnknownNameError: no task of this name.
@@ -63,7 +63,7 @@ class TaskJudge:
         scored = DevSet(task, tokenizer, examples, tokenized(examples, task, tokenizer))
 
         def judge(small: Any) -> float:
-            return 1 - scored.metrics(small)[task.primary]
+            return task.best - scored.metrics(small)[task.primary]
 
         judge(model)
         return judge
@@ -75,7 +75,7 @@ def judge_options(function: F) -> F:
         click.option(
             "--judge",
             metavar="TASK",
-            help="What --compare and --sensitivity searched go by: the score on a task (sts, sst2, ...), not answers.",
+            help="What --compare and --sensitivity searched go by: the score on a task (sts, perplexity, ...).",
         ),
         click.option("--judge-data", metavar="WHERE", help="Its data, as in evaluate. Default: the task's on the hub."),
         click.option("--judge-split", metavar="NAME", help=f"Split of it. Default: {SPLIT}."),

@@ -11,7 +11,10 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-KINDS = ("classification", "regression", "token-classification", "question-answering", "similarity")
+KINDS = (
+    *("classification", "regression", "token-classification", "question-answering"),
+    *("similarity", "language-modelling"),
+)
 
 
 class Names(click.ParamType):  # type: ignore[type-arg]
@@ -74,7 +77,7 @@ class TaskChoice:
 def task_options(function: F) -> F:
     """Adds the options that say which task it is and where its data is."""
     options = [
-        click.option("--task", metavar="NAME", help="A task with a name: sst2, mrpc, stsb, squad, sts, ..."),
+        click.option("--task", metavar="NAME", help="A task with a name: sst2, stsb, squad, sts, perplexity, ..."),
         click.option(
             "--data",
             metavar="WHERE",

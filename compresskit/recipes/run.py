@@ -151,7 +151,7 @@ def _stages_of(preset: Preset, task: Task | None, *, corpus: bool) -> list[str]:
     Raises:
         OptionError: there would be none, or the preset lacks one for which there is data.
     """
-    supervised = task is not None and task.kind != "similarity"
+    supervised = task is not None and task.has_labels
     if corpus and preset.corpus is None:
         raise OptionError(f"preset {preset.title} has no stage on plain text; leave out the corpus")
     if supervised and preset.task is None:

@@ -63,8 +63,7 @@ def load_splits(task: Task, data: str | Path | None, tokenizer: Any, *, max_leng
     Raises:
         DataError: missing or malformed; names file and line.
     """
-    supervised = task.kind != "similarity"
-    train = load_task_data(task, data, "train") if supervised else None
+    train = load_task_data(task, data, "train") if task.has_labels else None
     dev: Examples = load_task_data(task, data, "dev")
     make = partial(tokenized, task=task, tokenizer=tokenizer, max_length=max_length)
     return Splits(train=None if train is None else make(train), dev=DevSet(task, tokenizer, dev, make(dev)))
@@ -161,7 +160,7 @@ def task_stage(
     """
     task = splits.dev.task
     if splits.train is None:
-        raise DataError(f"the task {task.name} has no labels to train on; stsb is the supervised form of sts")
+        raise DataError(f"the task {task.name} has no labels to train on: models are only scored on it")
     return Stage(
         name=TASK,
         teacher=teacher,

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import datasets
 
 from compresskit.errors import DataError, OptionError
-from compresskit.tasks.features import Features
+from compresskit.tasks.features import Features, special_ids
 from compresskit.tasks.find import hub_source, load_hub
 from compresskit.tasks.task import HubSource, find_task
 from compresskit.texts import documents, text_files
@@ -99,7 +99,7 @@ def _hub_documents(source: HubSource, split: str) -> Iterator[str]:
 def _pieces(
     texts: Iterable[str], tokenizer: Any, *, max_length: int, unit: Unit, min_tokens: int
 ) -> Iterator[dict[str, Any]]:
-    before, after = _special_ids(tokenizer)
+    before, after = special_ids(tokenizer)
     room = max_length - len(before) - len(after)
     numbered = enumerate(texts)
     while batch := list(itertools.islice(numbered, BATCH)):
@@ -112,14 +112,6 @@ def _pieces(
                 if len(piece) >= min_tokens:
                     length = len(piece)
                     yield {"input_ids": piece, "attention_mask": [1] * length, "length": length, "document": number}
-
-
-def _special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Ids before and after a text."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
-    return whole[:start], whole[start + len(plain) :]
 
 
 def _sentence_ends(text: str, offsets: list[tuple[int, int]]) -> list[int]:

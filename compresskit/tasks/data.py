@@ -1,8 +1,8 @@
 """Examples of a task, read and checked before anything is computed.
 
 Whatever the source calls its columns, the examples call them: `text`, `text_pair` and `label` (classification,
-regression, similarity), `tokens` and `tags` (token classification), `id`, `question`, `context`, `answer_texts` and
-`answer_starts` (question answering).
+regression, similarity), `text` (language modelling), `tokens` and `tags` (token classification), `id`, `question`,
+`context`, `answer_texts` and `answer_starts` (question answering).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +17,7 @@ from compresskit.tasks.find import find_files, hub_source, load_hub
 from compresskit.tasks.labels import label_index, label_number, name_index, sorted_names
 from compresskit.tasks.rows import Row, read_rows
 from compresskit.tasks.task import Task
+from compresskit.texts import documents
 
 Examples: TypeAlias = Any
 """A `datasets.Dataset` with columns as above; `datasets` has no types."""
@@ -38,6 +39,8 @@ def load_task_data(task: Task, data: str | Path | None = None, split: str = "tra
     if task.has_named_labels and not task.label_names:
         task = with_labels_of(task, data, split)
     rows = list(_rows(task, data, split))
+    if not rows:
+        raise DataError(f"{data} holds no text")
     columns = _columns(task, rows[0])
     make = _MAKERS[task.kind](task)
     examples = [_checked(make, row, columns) for row in rows]
@@ -91,12 +94,31 @@ def _rows(task: Task, data: str | Path | None, split: str) -> Iterator[Row]:
         label = source.id if source.config is None else f"{source.id}:{source.config}"
         names = _hub_names(task, dataset)
         for number, values in enumerate(dataset, 1):
-            yield Row(f"{label}, split {split}", "row", number, names(values))
+            row = Row(f"{label}, split {split}", "row", number, names(values))
+            if not _is_blank(task, row):
+                yield row
         return
     assert data is not None
-    expected = [*task.text_columns, task.label_column]
+    expected = [*task.text_columns, *([task.label_column] if task.label_column else [])]
     for path in find_files(task, data, split):
-        yield from read_rows(path, expected=expected, headerless=task.headerless)
+        if task.kind == "language-modelling" and path.suffix not in STRUCTURED:
+            for number, text in enumerate(documents([path]), 1):
+                yield Row(str(path), "document", number, {task.text_columns[0][0]: text})
+        else:
+            rows = read_rows(path, expected=expected, headerless=task.headerless)
+            yield from (row for row in rows if not _is_blank(task, row))
+
+
+STRUCTURED = (".tsv", ".csv", ".jsonl", ".ndjson", ".json", ".parquet")
+"""Files with columns; any other is plain text for a task of plain text."""
+
+
+def _is_blank(task: Task, row: Row) -> bool:
+    """Whether a row of plain text is an empty line."""
+    if task.kind != "language-modelling":
+        return False
+    texts = [row.values[name] for name in task.text_columns[0] if name in row.values]
+    return bool(texts) and isinstance(texts[0], str) and not texts[0].strip()
 
 
 def _hub_names(task: Task, dataset: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -122,7 +144,8 @@ def _columns(task: Task, row: Row) -> _Columns:
         DataError: one is missing; lists those that are there.
     """
     roles: dict[str, Sequence[str]] = {f"text{i}": names for i, names in enumerate(task.text_columns)}
-    roles["label"] = task.label_column
+    if task.label_column:
+        roles["label"] = task.label_column
     if task.kind == "question-answering":
         roles["id"] = ("id",)
     chosen: dict[str, str] = {}
@@ -165,6 +188,10 @@ def _make_labelled(task: Task) -> Callable[[Row, _Columns], dict[str, Any]]:
         return {**dict(zip(("text", "text_pair"), texts, strict=False)), "label": label}
 
     return make
+
+
+def _make_plain(task: Task) -> Callable[[Row, _Columns], dict[str, Any]]:
+    return lambda row, columns: {"text": _text(columns, row, "text0")}
 
 
 def _make_tagged(task: Task) -> Callable[[Row, _Columns], dict[str, Any]]:
@@ -224,6 +251,10 @@ def _text_features(task: Task) -> dict[str, Any]:
     return {**{name: datasets.Value("large_string") for name in texts}, "label": label}
 
 
+def _plain_features(task: Task) -> dict[str, Any]:
+    return {"text": datasets.Value("large_string")}
+
+
 def _tag_features(task: Task) -> dict[str, Any]:
     tags = datasets.List(datasets.ClassLabel(names=list(task.label_names)))
     return {"tokens": datasets.List(datasets.Value("string")), "tags": tags}
@@ -239,6 +270,7 @@ _MAKERS: dict[str, Callable[[Task], Callable[[Row, _Columns], dict[str, Any]]]] 
     "classification": _make_labelled,
     "regression": _make_labelled,
     "similarity": _make_labelled,
+    "language-modelling": _make_plain,
     "token-classification": _make_tagged,
     "question-answering": _make_question,
 }
@@ -246,6 +278,7 @@ _FEATURES: dict[str, Callable[[Task], dict[str, Any]]] = {
     "classification": _text_features,
     "regression": _text_features,
     "similarity": _text_features,
+    "language-modelling": _plain_features,
     "token-classification": _tag_features,
     "question-answering": _question_features,
 }

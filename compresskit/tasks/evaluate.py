@@ -18,7 +18,9 @@ from compresskit.tasks.data import Examples, load_task_data
 from compresskit.tasks.features import Features, collator, tokenized
 from compresskit.tasks.labels import align_labels
 from compresskit.tasks.metrics import Predictions, predictions_of, score
+from compresskit.tasks.pretraining import PretrainingCollator
 from compresskit.tasks.task import Task
+from compresskit.tasks.words import predicts, word_scores
 
 Array = np.ndarray
 OnBatch = Callable[[int, int], None]
@@ -107,13 +109,20 @@ def predict(
 ) -> list[Array]:
     """The outputs of a model for each row of the features, in their order (shapes: see `metrics`).
 
-    Rows of alike length share a batch, the longest first: what does not fit into memory fails at once.
+    Rows of alike length share a batch, the longest first: what does not fit into memory fails at once. Of language
+    modelling, which needs the probabilities of all words at each place, a batch has at most `BATCH_TOKENS` tokens.
 
     Raises:
         DataError: an output is not finite, or the model has no head for this kind of task.
     """
-    collate = collator(tokenizer)
-    inputs = features.select_columns([n for n in features.column_names if n in _INPUTS])
+    collate: Any = collator(tokenizer)
+    wanted = list(_INPUTS)
+    if task.kind == "language-modelling":
+        wanted.append("labels")
+        batch_size = max(1, min(batch_size, BATCH_TOKENS // max(features["length"])))
+        if predicts(model) == "masked":
+            collate = PretrainingCollator(collate)
+    inputs = features.select_columns([n for n in features.column_names if n in wanted])
     order = np.argsort(-np.asarray(features["length"]), kind="stable")
     device = next(model.parameters()).device
     outputs: list[Array | None] = [None] * len(order)
@@ -131,6 +140,8 @@ def predict(
 
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+BATCH_TOKENS = 4096
+"""Of language modelling: with 50,000 words their probabilities are 0.8 GB then."""
 
 
 @contextmanager
@@ -145,7 +156,18 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _outputs(model: nn.Module, task: Task, batch: dict[str, Tensor]) -> Iterator[Array]:
+    labels = batch.pop("labels", None)
     found = model(**batch)
+    if task.kind == "language-modelling":
+        words = predicts(model)
+        if words is None or labels is None:
+            raise DataError(
+                f"{type(model).__name__} predicts no words, by which {task.name} is scored: causal and masked language "
+                "models do"
+            )
+        for scores in word_scores(found, labels, words):
+            yield _finite(scores)
+        return
     tensors: list[Tensor] = []
     for name in _ANSWERS.get(task.kind, ("logits",)):
         if getattr(found, name, None) is None:

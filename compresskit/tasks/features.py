@@ -1,8 +1,8 @@
 """Examples as token ids, and batches of them.
 
 Every row of the features has `input_ids`, `attention_mask`, perhaps `token_type_ids`, `length` (tokens) and
-`example` (the row of the examples it comes from), and then, by kind: `labels`; for similarity `side` (0 or 1); for
-question answering `start_positions`, `end_positions` and `offsets`.
+`example` (the row of the examples it comes from, or begins in), and then, by kind: `labels`; for similarity `side` (0
+or 1); for question answering `start_positions`, `end_positions` and `offsets`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, final
 
+import datasets
 import torch
 from torch import Tensor
 
@@ -34,6 +35,7 @@ def tokenized(
 ) -> Features:
     """Features of a task's examples, in their order.
 
+    Plain text of language modelling becomes windows that do not overlap, `labels` its tokens without the special ones.
     A pair of texts is cut where it is longest; a context that is too long becomes several overlapping windows. Of a
     sequence of tokens with tags only what fits is kept: `score` counts the words that are cut off as untagged.
 
@@ -48,6 +50,8 @@ def tokenized(
     length = checked_length(task, tokenizer, max_length)
     if not tokenizer.is_fast and task.kind in ("token-classification", "question-answering"):
         raise DataError(f"{task.kind} needs a fast tokenizer (tokenizer.json), this is a {type(tokenizer).__name__}")
+    if task.kind == "language-modelling":
+        return _windows(examples["text"], tokenizer, length)
     make = partial(_MAKERS[task.kind], tokenizer=tokenizer, max_length=length)
     options: dict[str, Any] = {"keep_in_memory": True}
     if cache is not None:
@@ -56,6 +60,46 @@ def tokenized(
         key = _fingerprint(examples, task, tokenizer, length)
         options = {"cache_file_name": str(folder / f"{task.name}-{key}.arrow"), "new_fingerprint": key}
     return examples.map(make, with_indices=True, batched=True, remove_columns=examples.column_names, **options)
+
+
+def _windows(texts: Sequence[str], tokenizer: Any, max_length: int) -> Features:
+    """All texts one after the other, an empty line between them, cut at every `max_length` tokens.
+
+    Raises:
+        DataError: there are fewer than two tokens.
+    """
+    before, after = special_ids(tokenizer)
+    room = max_length - len(before) - len(after)
+    between = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
+    ids: list[int] = []
+    sources: list[int] = []
+    for number, text in enumerate(texts):
+        found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        added = [*(between if number else []), *found]
+        ids += added
+        sources += [number] * len(added)
+    cuts = [slice(start, start + room) for start in range(0, len(ids), room) if len(ids) - start > 1]
+    if not cuts:
+        raise DataError(f"the text has {len(ids)} token(s): there is nothing to predict")
+    rows = [[*before, *ids[cut], *after] for cut in cuts]
+    made: Batch = {
+        "input_ids": rows,
+        "attention_mask": [[1] * len(row) for row in rows],
+        "length": [len(row) for row in rows],
+        "example": [sources[cut.start] for cut in cuts],
+        "labels": [[*[IGNORED] * len(before), *ids[cut], *[IGNORED] * len(after)] for cut in cuts],
+    }
+    if "token_type_ids" in tokenizer.model_input_names:
+        made["token_type_ids"] = [[0] * len(row) for row in rows]
+    return datasets.Dataset.from_dict(made)
+
+
+def special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Ids that a tokenizer puts before and after a text."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+    return whole[:start], whole[start + len(plain) :]
 
 
 def checked_length(task: Task, tokenizer: Any, max_length: int | None) -> int:

@@ -8,7 +8,7 @@ from compresskit.errors import DataError
 from compresskit.tasks.task import HubSource, Task
 
 FORMATS = (".tsv", ".csv", ".jsonl", ".ndjson", ".json", ".parquet", ".conll", ".txt")
-"""Files that are read; `.txt` and `.conll` for token classification alone."""
+"""Files that are read; `.conll` for token classification alone, `.txt` for that and for plain text."""
 COLLECTIONS = ("", "glue")
 """Folders in which that of a task is looked for, below the one that was given."""
 SHARD = re.compile(r"-\d+-of-\d+$")
@@ -61,7 +61,8 @@ def _plain(name: str) -> str:
 
 def _match(task: Task, folder: Path, stems: tuple[str, ...]) -> list[Path]:
     plain = task.kind != "token-classification"
-    formats = [suffix for suffix in FORMATS if not (plain and suffix in (".txt", ".conll"))]
+    foreign = {"token-classification": (), "language-modelling": (".conll",)}.get(task.kind, (".txt", ".conll"))
+    formats = [suffix for suffix in FORMATS if suffix not in foreign]
     files = [file for file in sorted(folder.iterdir()) if file.is_file()]
     for stem in stems:
         found = [f for f in files if f.suffix in formats and SHARD.sub("", f.stem) == stem]

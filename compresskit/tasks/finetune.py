@@ -65,8 +65,11 @@ def finetune_(
         DataError: the data is missing or malformed, or does not fit the model; before training starts.
         TrainingError: the run cannot be resumed, or has diverged.
     """
-    if task.kind in ("similarity", "text"):
-        raise DataError(f"the task {task.name} has no labels to train on; stsb is the supervised form of sts")
+    if not task.has_labels:
+        raise DataError(
+            f"the task {task.name} has no labels to train on: models are only scored on it; stsb is the supervised "
+            "form of sts"
+        )
     settings = settings or TrainSettings()
     folder, task = Path(run), align_labels(task, model.config)
     processes = Processes(settings.torch_device())

@@ -1,7 +1,8 @@
 """From the outputs of a model to the metrics of a task, offline: scikit-learn, scipy, and our entities and answers.
 
 Outputs are one array for each row of the features, in float32: (labels,) for classification, (1,) for regression,
-(time, labels) for token classification, (2, time) for question answering, (dim,) of unit length for similarity.
+(time, labels) for token classification, (2, time) for question answering, (dim,) of unit length for similarity, and for
+language modelling (3,): the words' log-likelihood in nats, how many of them are right, and how many there are.
 """
 
 import warnings
@@ -21,7 +22,9 @@ from compresskit.tasks.task import Task
 
 Array = np.ndarray
 Predictions = Any
-"""For each example: label numbers (array), numbers (array), lists of tags, `Answer`s, cosines (array)."""
+"""For each example: label numbers (array), numbers (array), lists of tags, `Answer`s, cosines (array).
+
+Of language modelling, outputs (windows, 3) as they are."""
 
 
 def predictions_of(task: Task, outputs: list[Array], features: Features, examples: Examples) -> Predictions:
@@ -32,6 +35,8 @@ def predictions_of(task: Task, outputs: list[Array], features: Features, example
         return np.array([output.item() for output in outputs])
     if task.kind == "similarity":
         return _cosines(outputs, features, len(examples))
+    if task.kind == "language-modelling":
+        return np.stack(outputs).astype(np.float64)
     if task.kind == "token-classification":
         return _tags(task, outputs, features, examples)
     return answers_of(outputs, features, examples)
@@ -46,7 +51,9 @@ def score(task: Task, predictions: Predictions, examples: Examples) -> dict[str,
     if task.kind == "question-answering":
         found = squad_scores(predictions, examples["answer_texts"], unanswerable=task.unanswerable)
         return {**{name: found[name] for name in task.metrics}, **found}
-    if task.kind == "token-classification":
+    if task.kind == "language-modelling":
+        found = _word_scores(predictions)
+    elif task.kind == "token-classification":
         names = task.label_names
         expected = [[names[tag] for tag in tags] for tags in examples["tags"]]
         found = _tag_scores(predictions, expected)
@@ -67,6 +74,9 @@ def agreement(task: Task, mine: Predictions, theirs: Predictions) -> dict[str, f
     if task.kind == "token-classification":
         same = [a == b for x, y in zip(mine, theirs, strict=True) for a, b in zip(x, y, strict=True)]
         return {"same_predictions": float(np.mean(same))}
+    if task.kind == "language-modelling":
+        differences = (mine[:, 0] - theirs[:, 0]) / mine[:, 2]  # nats a word, in each window
+        return {"mean_difference": float(np.average(np.abs(differences), weights=mine[:, 2]))}
     return {"spearman": _spearman(theirs, mine), "mean_difference": float(np.mean(np.abs(mine - theirs)))}
 
 
@@ -87,6 +97,13 @@ def _tags(task: Task, outputs: list[Array], features: Features, examples: Exampl
         for word, tag in enumerate(output[first].argmax(-1)):
             tags[example][word] = task.label_names[tag]
     return tags
+
+
+def _word_scores(outputs: Array) -> dict[str, float]:
+    """Over all words of all windows alike."""
+    total, right, count = outputs.sum(0)
+    mean = total / count
+    return {"log_likelihood": mean, "perplexity": float(np.exp(min(-mean, 700.0))), "word_accuracy": right / count}
 
 
 def _tag_scores(predicted: Sequence[list[str]], expected: Sequence[list[str]]) -> dict[str, float]:

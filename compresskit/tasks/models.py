@@ -10,6 +10,7 @@ from compresskit.errors import CheckpointError, DataError
 from compresskit.hub import load_model, load_with_head, tensor_names
 from compresskit.tasks.labels import align_labels
 from compresskit.tasks.task import Task
+from compresskit.tasks.words import predicts
 
 AUTO_CLASSES: dict[str, Any] = {
     "classification": transformers.AutoModelForSequenceClassification,
@@ -38,6 +39,8 @@ def model_for(
         CheckpointError: the folder is not complete, or (without new_head) has no head for this kind of task.
         DataError: a new head, but the task does not name its labels (`with_labels_of` reads them from the data).
     """
+    if task.kind == "language-modelling":
+        return _word_model(folder, dtype)
     changes = _head_config(task, folder) if new_head else {}
     model, made = load_with_head(
         folder, AUTO_CLASSES[task.kind], changes=changes, dtype=dtype, new_head=new_head or task.kind == "similarity"
@@ -46,6 +49,18 @@ def model_for(
         model.base_model.pooler = None
     if getattr(model.config, "pad_token_id", 0) is None:
         model.config.pad_token_id = tokenizer_for(folder).pad_token_id  # decoders find the last token by it
+    return model
+
+
+def _word_model(folder: str | Path, dtype: str | torch.dtype | None) -> Model:
+    """The model as its config says, which must be one that predicts words."""
+    model = load_model(folder, dtype=dtype)
+    if predicts(model) is None:
+        raise CheckpointError(
+            f"{folder} holds a {type(model).__name__}, which predicts no words: causal or masked language models do"
+        )
+    if getattr(model.config, "pad_token_id", 0) is None:
+        model.config.pad_token_id = tokenizer_for(folder).pad_token_id
     return model
 
 
@@ -86,6 +101,8 @@ def _head_config(task: Task, folder: str | Path) -> dict[str, Any]:
 def tokenizer_for(folder: str | Path) -> Any:
     """The tokenizer in a folder, with a padding token (the end of text if it has none), padding on the right.
 
+    Its `model_max_length` is at most what the model in the folder has positions for.
+
     Raises:
         CheckpointError: there is none, or it cannot be opened.
     """
@@ -100,4 +117,20 @@ def tokenizer_for(folder: str | Path) -> Any:
     if tokenizer.pad_token_id is None:
         raise CheckpointError(f"the tokenizer in {folder} has neither a padding token nor an end of text")
     tokenizer.padding_side = tokenizer.truncation_side = "right"
+    tokenizer.model_max_length = min(tokenizer.model_max_length, _positions(folder) or tokenizer.model_max_length)
     return tokenizer
+
+
+def _positions(folder: str | Path) -> int | None:
+    """Tokens that a model has positions for; None: there is no config, or it does not say."""
+    if not (Path(folder) / "config.json").is_file():
+        return None
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError):  # opening the model says why
+        return None
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:  # DeBERTa and others have -1: any number
+        return None
+    after_padding = "roberta" in config.model_type or config.model_type in ("camembert", "mpnet")
+    return positions - 1 - (config.pad_token_id or 0) if after_padding else positions

@@ -6,7 +6,15 @@ from typing import Literal, final, get_args
 
 from compresskit.errors import OptionError, UnknownNameError
 
-Kind = Literal["classification", "regression", "token-classification", "question-answering", "similarity", "text"]
+Kind = Literal[
+    "classification",
+    "regression",
+    "token-classification",
+    "question-answering",
+    "similarity",
+    "language-modelling",
+    "text",
+]
 KINDS: tuple[str, ...] = get_args(Kind)
 
 METRICS_OF: dict[str, tuple[str, ...]] = {
@@ -15,9 +23,11 @@ METRICS_OF: dict[str, tuple[str, ...]] = {
     "token-classification": ("entity_f1", "entity_precision", "entity_recall", "token_accuracy"),
     "question-answering": ("exact_match", "answer_f1"),
     "similarity": ("spearman", "pearson"),
+    "language-modelling": ("log_likelihood", "perplexity", "word_accuracy"),
     "text": (),
 }
-"""Every metric is between -1 and 1 (correlations) or 0 and 1, the higher the better."""
+"""Every metric is between -1 and 1 (correlations) or 0 and 1, the higher the better; but two of language modelling: the
+mean logarithm of a word's probability in nats, and the perplexity, exp of minus that, of which less is better."""
 
 SPLITS = {"train": ("train",), "dev": ("dev", "validation", "valid", "val"), "test": ("test",)}
 """What files and hub datasets call a split."""
@@ -39,7 +49,8 @@ class Task:
     """A task as data; `load_task_data`, `model_for` and `evaluate` follow it.
 
     Args:
-        kind: what the model predicts; `similarity` is the cosine of embeddings, `text` has nothing to predict.
+        kind: what the model predicts; `similarity` is the cosine of embeddings, `language-modelling` the words of plain
+            text, the next ones or masked ones, as the model was made for; `text` has nothing to predict.
         text_columns: one entry for each text, all names that files give it, the usual one first.
         label_column: all names that files give the label.
         label_names: of the labels 0, 1, ...; empty where the data or the model has to say them.
@@ -74,7 +85,14 @@ class Task:
         foreign = [name for name in self.metrics if name not in known]
         if foreign:
             raise OptionError(f"{self.kind} has no metric {foreign[0]!r}; it has: {', '.join(known) or 'none'}")
-        wanted = {"similarity": (2,), "question-answering": (2,), "token-classification": (1,)}.get(self.kind, (1, 2))
+        if self.metrics[:1] == ("perplexity",):
+            raise OptionError("perplexity chooses no best checkpoint, as less is better: put log_likelihood first")
+        wanted = {
+            "language-modelling": (1,),
+            "similarity": (2,),
+            "question-answering": (2,),
+            "token-classification": (1,),
+        }.get(self.kind, (1, 2))
         if len(self.text_columns) not in wanted:
             raise OptionError(
                 f"a task of kind {self.kind} has {' or '.join(map(str, wanted))} text column(s), "
@@ -87,6 +105,16 @@ class Task:
     def primary(self) -> str:
         """The metric that chooses the best checkpoint."""
         return self.metrics[0]
+
+    @property
+    def best(self) -> float:
+        """The primary metric of a model that is always right."""
+        return 0.0 if self.primary == "log_likelihood" else 1.0
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether there is something to train on; else models are only scored."""
+        return self.kind not in ("similarity", "language-modelling", "text")
 
     @property
     def has_named_labels(self) -> bool:
@@ -147,7 +175,13 @@ def custom_task(
     Raises:
         OptionError: no such kind or metric, or a number of columns that the kind cannot have.
     """
-    usual = {"question-answering": ("answers",), "token-classification": ("ner_tags", "tags", "labels")}
+    if kind == "language-modelling" and (label_column is not None or label_names):
+        raise OptionError("language modelling predicts the text itself: leave out label column and label names")
+    usual: dict[str, tuple[str, ...]] = {
+        "question-answering": ("answers",),
+        "token-classification": ("ner_tags", "tags", "labels"),
+        "language-modelling": (),
+    }
     default = {"classification": ("accuracy", "macro_f1", "mcc")}
     return Task(
         name="custom",
@@ -156,7 +190,7 @@ def custom_task(
         label_column=usual.get(kind, ("label", "score")) if label_column is None else (label_column,),
         label_names=label_names,
         metrics=metrics or default.get(kind, ()),
-        max_length=384 if kind == "question-answering" else 128,
+        max_length={"question-answering": 384, "language-modelling": 512}.get(kind, 128),
         unanswerable=kind == "question-answering",
     )
 

@@ -45,6 +45,7 @@ def command(
     \b
         compresskit evaluate ./model --task sst2 --data glue
         compresskit evaluate ./small --task sts --data glue --against ./model
+      compresskit evaluate ./small --task perplexity --data ./held_out.txt --against ./model
         compresskit evaluate ./model --kind classification --text-column review --label-column stars --data dev.csv
     """
     from compresskit.tasks import agreement

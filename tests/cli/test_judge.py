@@ -1,5 +1,7 @@
 """`--judge`: whole models are compared and searched by the score on a task."""
 
+import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,22 @@ def test_the_checkpoint_remembers_the_task(cli: Cli, work: Path, pairs: Path) ->
     assert asked["judge"] == "sts"
     assert asked["judge_data"] == "pairs"
     assert asked["judge_split"] == "dev"
+
+
+@pytest.mark.parametrize("model", ["gpt2", "mlm"])
+def test_language_models_are_judged_by_their_words(cli: Cli, work: Path, models: Path, model: str) -> None:
+    """Both have the same tokenizer, with a mask: the model decides whether words are masked."""
+    (work / "dev.txt").write_text("a small model a model small a\nmodel a a small small model\n" * 4)
+    data = ("--task", "perplexity", "--data", work / "dev.txt")
+    by = ("--compare", "--judge", "perplexity", "--judge-data", work / "dev.txt")
+    how = (*METHOD[:-1], "1.3")
+    shutil.copytree(models / model, work / model)
+    made = cli("compress", model, *how, *by, "-o", "a", "--json").json()
+    found = cli("evaluate", "a", *data, "--against", model, "--json").json()
+    assert -found["metrics"]["log_likelihood"] == pytest.approx(next(iter(made["compared"].values())), abs=1e-4)
+    assert found["metrics"]["perplexity"] == pytest.approx(math.exp(-found["metrics"]["log_likelihood"]))
+    assert found["against"]["agreement"]["mean_difference"] > 0
+    assert "perplexity" in cli("evaluate", "a", *data).out
 
 
 def test_what_layers_count_is_searched_without_texts(cli: Cli, work: Path, pairs: Path) -> None:

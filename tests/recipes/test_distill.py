@@ -43,6 +43,25 @@ def test_features_alone_are_distilled_without_a_task(encoder, reviews, text, tmp
     assert any("stage 2 is left out" in note for note in notes)
 
 
+def test_a_language_model_keeps_its_head_and_is_scored_by_its_words(base, text, tmp_path):
+    (tmp_path / "dev.txt").write_text("we saw a good film . the film was very bad .\nwho is in paris ?\n" * 3)
+    result = recipes.distill(
+        short("svd-kd").with_values({"corpus.eval_steps": 1, "corpus.lr": 1e-2}),
+        base,
+        tmp_path / "run",
+        task=find_task("perplexity"),
+        data=tmp_path / "dev.txt",
+        corpus=text,
+        ratio=1.5,
+    )
+    (stage,) = result.stages
+    assert stage.best_step == max(stage.curve, key=lambda entry: entry[1]["log_likelihood"])[0]
+    assert type(result.student).__name__ == "BertForPreTraining"
+    assert result.metrics == stage.metrics
+    assert result.metrics["perplexity"] > 1
+    assert "loss_task" in stage.loss
+
+
 def test_without_any_task_the_last_step_is_taken(encoder, text, tmp_path):
     result = recipes.distill(short("svd-kd"), encoder, tmp_path / "run", corpus=text, ratio=2)
     assert (result.metrics, result.stages[0].best_step) == ({}, 3)
