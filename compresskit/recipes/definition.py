@@ -110,9 +110,10 @@ class StageRecipe:
 
     Args:
         settings: of the training.
-        objective: the losses, without those of `mlm` and `nsp`.
+        objective: the losses, without those of `mlm`, `clm` and `nsp`.
         max_length: tokens of an input at most; None: the task's. A tokenizer's limit may be lower.
-        mlm, nsp: plain text only: also masked words and next sentence, where teacher and student have such heads.
+        mlm, clm, nsp: plain text only: also masked words, next words and next sentence, where teacher and student have
+            such heads.
         tasks: settings that differ for some tasks, by name.
     """
 
@@ -120,6 +121,7 @@ class StageRecipe:
     objective: Objective
     max_length: int | None = None
     mlm: bool = False
+    clm: bool = False
     nsp: bool = False
     tasks: Mapping[str, Table] = field(default_factory=dict)
 
@@ -290,7 +292,7 @@ def _smaller(table: Any, where: str) -> Smaller:
 
 
 def _stage(table: Any, where: str, kind: str) -> StageRecipe:
-    own = ("mlm", "nsp") if kind == "corpus" else ("tasks",)
+    own = ("mlm", "clm", "nsp") if kind == "corpus" else ("tasks",)
     table = _known(table, [*_names(TrainSettings), "max_length", "loss", *own], where)
     tasks = table.get("tasks", {})
     if not isinstance(tasks, Mapping):
@@ -313,6 +315,7 @@ class _Stage:
 
     max_length: int | None = None
     mlm: bool = False
+    clm: bool = False
     nsp: bool = False
 
 

@@ -109,6 +109,11 @@ def has_words(student: Model, teacher: Model) -> bool:
     return all(Anatomy(m, "model").task in ("masked-lm", "pretraining") for m in (student, teacher))
 
 
+def has_next_words(student: Model, teacher: Model) -> bool:
+    """Whether both predict the next word."""
+    return all(Anatomy(m, "model").task == "causal-lm" for m in (student, teacher))
+
+
 def has_sentences(student: Model, teacher: Model) -> bool:
     """Whether both predict if one text follows another."""
     return all(Anatomy(m, "model").task == "pretraining" for m in (student, teacher))

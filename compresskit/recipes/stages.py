@@ -12,11 +12,12 @@ from transformers import TrainerCallback
 from compresskit.distill import Objective, Stage, TeacherCache, carry_over, make_loss
 from compresskit.errors import DataError
 from compresskit.recipes.definition import StageRecipe
-from compresskit.recipes.models import has_sentences, has_words
+from compresskit.recipes.models import has_next_words, has_sentences, has_words
 from compresskit.tasks import (
     DevSet,
     Examples,
     Features,
+    NextWordsCollator,
     PretrainingCollator,
     SentencePairs,
     Task,
@@ -93,13 +94,17 @@ def corpus_stage(
         DataError: no text there.
     """
     words, sentences = recipe.mlm and has_words(student, teacher), recipe.nsp and has_sentences(student, teacher)
+    following = recipe.clm and has_next_words(student, teacher)
     rows = corpus_rows(recipe, corpus, tokenizer, cache, halved=sentences)
     if sentences:
         rows = SentencePairs(rows, seed=recipe.settings.seed)
     collate: Any = collator(tokenizer, multiple_of=8 if recipe.settings.bf16 else 1)
     if words:
         collate = PretrainingCollator(collate, recipe.settings.seed)
-    more = [make_loss(name) for name, there in (("task", words), ("next-sentence", words and sentences)) if there]
+    elif following:
+        collate = NextWordsCollator(collate)
+    heads = {"task": words or following, "next-sentence": words and sentences}
+    more = [make_loss(name) for name, there in heads.items() if there]
     unscored: dict[str, Any] = {
         "eval_strategy": "no",
         "load_best_model_at_end": False,

@@ -17,7 +17,7 @@ from compresskit.tasks.finetune import Training, finetune_
 from compresskit.tasks.labels import align_labels
 from compresskit.tasks.metrics import agreement, predictions_of, score
 from compresskit.tasks.models import model_for, pretrained, tokenizer_for
-from compresskit.tasks.pretraining import PretrainingCollator, SentencePairs
+from compresskit.tasks.pretraining import NextWordsCollator, PretrainingCollator, SentencePairs
 from compresskit.tasks.processes import Processes, agreed, is_first
 from compresskit.tasks.runs import close_run, interrupted_run, open_run
 from compresskit.tasks.settings import TrainSettings, training_arguments
@@ -42,6 +42,7 @@ __all__ = [
     "Examples",
     "Features",
     "HubSource",
+    "NextWordsCollator",
     "OnTrainProgress",
     "PretrainingCollator",
     "Processes",

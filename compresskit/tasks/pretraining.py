@@ -1,4 +1,4 @@
-"""Plain text with labels of its own: masked words, and pairs of texts of which the second follows the first or not.
+"""Plain text with labels of its own: masked words, next words, and pairs of texts, the second the next one or not.
 
 Source: BERT (Devlin et al., NAACL 2019), section 3.1. Which words are masked depends on the seed and on the text alone,
 not on the epoch, the batch or the process: runs can be resumed and cut into processes, and a cache finds texts again.
@@ -59,6 +59,18 @@ class PretrainingCollator:
         shown = torch.where(chosen & (kind < MASKED), tokenizer.mask_token_id, ids)
         shown = torch.where(chosen & (kind >= MASKED) & (kind < MASKED + RANDOM), words, shown)
         return {**row, "input_ids": shown.tolist(), "labels": ids.masked_fill(~chosen, IGNORED).tolist()}
+
+
+@final
+@dataclass(frozen=True)
+class NextWordsCollator:
+    """Batches of plain text whose `labels` are its own tokens, and what `Collator` makes. Causal models shift them."""
+
+    collate: Collator
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        batch = self.collate(rows)
+        return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)}
 
 
 @final

@@ -62,6 +62,27 @@ def test_a_language_model_keeps_its_head_and_is_scored_by_its_words(base, text, 
     assert "loss_task" in stage.loss
 
 
+def test_a_decoder_learns_the_next_words(text, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.2}
+    teacher = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=len(VOCAB), **sizes))
+    save(teacher, tmp_path / "teacher")
+    (tmp_path / "dev.txt").write_text("john saw mary in paris . we saw rome .\n" * 8)
+    preset = short("svd-balanced-kd").with_values({"corpus.max_steps": 40, "corpus.lr": 1e-2, "corpus.eval_steps": 20})
+    result = recipes.distill(
+        preset,
+        tmp_path / "teacher",
+        tmp_path / "run",
+        task=find_task("perplexity"),
+        data=tmp_path / "dev.txt",
+        corpus=text,
+        ratio=1.5,
+    )
+    assert type(result.student).__name__ == "GPT2LMHeadModel"
+    assert "loss_task" in result.stages[0].loss
+    assert result.metrics["perplexity"] < 0.7 * min(result.before["perplexity"], result.teacher["perplexity"])
+
+
 def test_without_any_task_the_last_step_is_taken(encoder, text, tmp_path):
     result = recipes.distill(short("svd-kd"), encoder, tmp_path / "run", corpus=text, ratio=2)
     assert (result.metrics, result.stages[0].best_step) == ({}, 3)
