@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from compresskit.distill.cache import TeacherCache
 from compresskit.distill.objective import Objective
+from compresskit.distill.precision import own_forward
 from compresskit.distill.trainer import DistillationTrainer
 from compresskit.errors import DistillError
 
@@ -89,7 +90,8 @@ def _train(student: PreTrainedModel, stage: Stage, *, resume: bool) -> None:
     )
     if stage.set_up is not None:
         stage.set_up(trainer)
-    trainer.train(resume_from_checkpoint=resume)
+    with own_forward(student):
+        trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
         partial = stage.done.with_suffix(".partial")
         save_model(student, str(partial))

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from compresskit.distill.anatomy import Anatomy
-from compresskit.distill.attention import trained_attention
 from compresskit.distill.batch import LABELS, UNITS, Batch, make_batch
 from compresskit.distill.cache import TeacherCache
 from compresskit.distill.features import Feature, Recorder
 from compresskit.distill.objective import Evaluated, Objective, bind
+from compresskit.distill.precision import trained_attention
 from compresskit.distill.progress import Meter
 from compresskit.distill.projections import ATTRIBUTE, Projections
 from compresskit.distill.teacher import Teacher

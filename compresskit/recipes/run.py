@@ -167,7 +167,7 @@ def _left_out(preset: Preset, stages: Sequence[str]) -> list[str]:
     if preset.corpus is not None and CORPUS not in stages:
         notes.append("no corpus: stage 1 is left out, this is the one-stage ablation")
     if preset.task is not None and TASK not in stages:
-        notes.append("no task to train on: stage 2 is left out, only the features of the encoder are distilled")
+        notes.append("no task to train on: stage 2 is left out, the student learns from plain text alone")
     return notes
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
+from compresskit.distill.precision import own_forward
 from compresskit.errors import DataError
 from compresskit.tasks.callbacks import OnTrainProgress, training_callbacks
 from compresskit.tasks.data import load_task_data
@@ -95,7 +96,8 @@ def finetune_(
     dev_set = DevSet(task, tokenizer, dev, features[1])
     score_on_(trainer, dev_set)
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with own_forward(model):
+        trainer.train(resume_from_checkpoint=checkpoint)
     model.eval()
     state, time_s = trainer.state, time.perf_counter() - start
     metrics = processes.once(lambda: dev_set.metrics(model))

@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 import transformers
 
-from compresskit.distill.attention import trained_attention
+from compresskit.distill.precision import trained_attention
 from compresskit.errors import DataError, TrainingError
 from compresskit.tasks.data import Examples
 from compresskit.tasks.evaluate import predict

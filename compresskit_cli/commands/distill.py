@@ -131,7 +131,8 @@ def _facts(result: "Distilled") -> list[tuple[str, str]]:
     rows = [("parameters", f"{result.params:,} of {result.teacher_params:,}, ratio {result.ratio:.3f}")]
     for name, value in result.metrics.items():
         teacher, before = result.teacher[name], result.before[name]
-        share = f", {value / teacher:.1%} of it" if teacher > 0 else ""
+        compared = teacher > 0 and name != "perplexity"  # less is better there
+        share = f", {value / teacher:.1%} of it" if compared else ""
         rows.append((f"dev {name}", f"{value:.4f}; before training {before:.4f}, teacher {teacher:.4f}{share}"))
     for stage in result.stages:
         steps = f"{stage.steps:,} steps, student of step {stage.best_step:,}"

@@ -204,6 +204,8 @@ def test_training_in_bfloat16_keeps_float32_weights(
 ) -> None:
     model = model_of(encoder)
     found = train(model, encoder, reviews, tmp_path / "run", epochs=6, bf16=True, device=device)
+    assert "forward" not in model.__dict__  # nor does it compute in bfloat16 afterwards
+    assert found.metrics == tasks.evaluate(model, tasks.tokenizer_for(encoder), SST2, reviews)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert found.metrics["accuracy"] > 0.9
 

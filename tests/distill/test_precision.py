@@ -1,13 +1,15 @@
 """Which precision attention is trained in; that it changes nothing else."""
 
+import functools
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from compresskit.distill.attention import trained_attention
-from tests.distill.tiny import compressed, examples, model, objective, trainer
+from compresskit.distill import Stage, run_stages
+from compresskit.distill.precision import trained_attention
+from tests.distill.tiny import arguments, collate, compressed, examples, model, objective, trainer
 
 CPU = torch.device("cpu")
 
@@ -63,6 +65,29 @@ def test_without_a_gradient_and_in_other_precisions_it_is_left_alone():
             ours, _ = attend(torch.bfloat16, mask="none", trains=False)
     plain, _ = attend(torch.bfloat16, mask="none", trains=False)
     torch.testing.assert_close(ours, plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_student_gets_its_forward_pass_back(own, tmp_path):
+    """After stages in bfloat16 it answers as its saved weights do, also where it had a forward pass of its own."""
+    teacher = model("sequence")
+    student = compressed(teacher)
+    if own:
+        student.forward = functools.partial(type(student).forward, student)
+    before = student.__dict__.get("forward")
+    args = arguments(tmp_path, bf16=True, max_steps=2)
+    stage = Stage(
+        name="a",
+        teacher=teacher,
+        objective=objective("logits"),
+        args=args,
+        train_dataset=examples("sequence"),
+        data_collator=collate,
+    )
+    run_stages(student, [stage])
+    assert student.__dict__.get("forward") is before
+    assert "_original_forward" not in student.__dict__
+    assert student(torch.tensor([[5, 6, 7]])).logits.dtype == torch.float32
 
 
 def test_the_student_s_backward_pass_is_in_float32_and_the_teacher_s_forward_pass_is_not(tmp_path):

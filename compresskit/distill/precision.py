@@ -1,11 +1,29 @@
-"""Attention that is trained in bfloat16 on a processor."""
+"""Training in mixed precision: what Trainer does to a model, and attention on a processor."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, final
 
 import torch
+from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
+
+
+@contextmanager
+def own_forward(model: nn.Module) -> Iterator[None]:
+    """Give a model its own forward pass back in the end, in place of Trainer's in mixed precision.
+
+    What is scored and used afterwards is then what the saved weights give anywhere else.
+    """
+    before = model.__dict__.get("forward")
+    try:
+        yield
+    finally:
+        for name in ("forward", "_original_forward"):
+            model.__dict__.pop(name, None)
+        if before is not None:
+            model.__dict__["forward"] = before
 
 
 def trained_attention(args: Any) -> AbstractContextManager[Any]:
