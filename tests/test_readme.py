@@ -9,7 +9,8 @@ from click.testing import CliRunner
 
 from compresskit_cli.app import app
 
-README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+ROOT = Path(__file__).parents[1]
+README = "\n".join((ROOT / name).read_text("utf-8") for name in ("README.md", "benchmarks/README.md"))
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = re.findall(r"^    (compresskit .*)$", README, re.MULTILINE)
 TABLE = re.findall(r"^\| `compresskit (\w+)[^`]*` \| (.*) \|$", README, re.MULTILINE)
