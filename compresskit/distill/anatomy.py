@@ -150,7 +150,7 @@ class Anatomy:
             raise DistillError(
                 f"attention scores cannot be built from the queries and keys of the {self.role}, whose model type is "
                 f"{self.kind!r}: it rotates or scales them in its own way. They can for {known}; or use relations of "
-                "values, hidden states or logits"
+                "values, hidden states or logits, as the preset svd-hidden-kd does"
             )
 
     def num_heads(self, projection: Projection) -> int:

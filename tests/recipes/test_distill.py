@@ -62,15 +62,21 @@ def test_a_language_model_keeps_its_head_and_is_scored_by_its_words(base, text, 
     assert "loss_task" in stage.loss
 
 
-def test_a_decoder_learns_the_next_words(text, tmp_path):
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": len(VOCAB)}
+LLAMA = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+LLAMA |= {"intermediate_size": 64, "max_position_embeddings": 64, "vocab_size": len(VOCAB)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "preset"), [("gpt2", GPT2, "svd-balanced-kd"), ("llama", LLAMA, "svd-hidden-kd")]
+)
+def test_a_decoder_learns_the_next_words(kind, sizes, preset, text, tmp_path):
     torch.manual_seed(0)
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.2}
-    teacher = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=len(VOCAB), **sizes))
-    save(teacher, tmp_path / "teacher")
+    config = transformers.AutoConfig.for_model(kind, initializer_range=0.2, **sizes)
+    save(transformers.AutoModelForCausalLM.from_config(config), tmp_path / "teacher")
     (tmp_path / "dev.txt").write_text("john saw mary in paris . we saw rome .\n" * 8)
-    preset = short("svd-balanced-kd").with_values({"corpus.max_steps": 40, "corpus.lr": 1e-2, "corpus.eval_steps": 20})
     result = recipes.distill(
-        preset,
+        short(preset).with_values({"corpus.max_steps": 40, "corpus.lr": 1e-2, "corpus.eval_steps": 20}),
         tmp_path / "teacher",
         tmp_path / "run",
         task=find_task("perplexity"),
@@ -78,7 +84,7 @@ def test_a_decoder_learns_the_next_words(text, tmp_path):
         corpus=text,
         ratio=1.5,
     )
-    assert type(result.student).__name__ == "GPT2LMHeadModel"
+    assert type(result.student).__name__ in ("GPT2LMHeadModel", "LlamaForCausalLM")
     assert "loss_task" in result.stages[0].loss
     assert result.metrics["perplexity"] < 0.7 * min(result.before["perplexity"], result.teacher["perplexity"])
 
