@@ -82,6 +82,11 @@ class KroneckerSum(Structure):
         return math.prod(self.left) <= math.prod(self.right)
 
     @property
+    def max_rank(self) -> int:
+        """The highest rank that the sum can have: that of a product is the product of its factors' ranks."""
+        return min(self.terms * min(self.left) * min(self.right), self.rows, self.cols)
+
+    @property
     def small(self) -> tuple[int, int]:
         return self.left if self.small_left else self.right
 
@@ -244,6 +249,8 @@ class Kronecker(Decomposition):
         left: fixed shape (p, q) of the left factor; the right one follows. None: the budget chooses.
         right: fixed shape (r, s) of the right factor.
         rounds: of alternating least squares, at most, where a fit is weighted; 0 solves for the wide factor only.
+        full_rank: for linear layers offer only products that can have full rank. What keeps most of a weight is often a
+            product like (24 x 1) (x) (16 x 384), of rank 16: as narrow for what is trained afterwards as an SVD.
     """
 
     name: ClassVar[str] = "kronecker"
@@ -256,6 +263,7 @@ class Kronecker(Decomposition):
     left: tuple[int, int] | None = None
     right: tuple[int, int] | None = None
     rounds: int = 15
+    full_rank: bool = False
 
     def __post_init__(self) -> None:
         if self.terms < 1:
@@ -267,9 +275,11 @@ class Kronecker(Decomposition):
                 raise OptionError(f"the sizes of a Kronecker factor are at least 1; got {side}")
 
     def menu(self, rows: int, cols: int, *, lookup: bool = False) -> Iterable[Structure]:
-        if self.left or self.right:
-            yield from self._fixed(rows, cols)
-            return
+        offered = self._fixed(rows, cols) if self.left or self.right else self._offered(rows, cols, lookup=lookup)
+        narrow = self.full_rank and not lookup
+        yield from (structure for structure in offered if not narrow or structure.max_rank == min(rows, cols))
+
+    def _offered(self, rows: int, cols: int, *, lookup: bool) -> Iterator[KroneckerSum]:
         for p, q in _small_shapes(rows, cols, lookup=lookup):
             r, s = -(-rows // p), cols // q
             if self.terms > min(p * q, r * s):
@@ -279,7 +289,7 @@ class Kronecker(Decomposition):
             if self.small != "left" and p * q < r * s:
                 yield KroneckerSum(rows, cols, (r, s), (p, q), self.terms)
 
-    def _fixed(self, rows: int, cols: int) -> Iterator[Structure]:
+    def _fixed(self, rows: int, cols: int) -> Iterator[KroneckerSum]:
         (p, q) = self.left or (-(-rows // self.right[0]), cols // self.right[1])  # type: ignore[index]
         (r, s) = self.right or (-(-rows // p), cols // q)
         if q * s == cols and _covers(p, r, rows) and self.terms <= min(p * q, r * s):
