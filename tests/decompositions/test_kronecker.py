@@ -141,6 +141,33 @@ def test_the_small_factor_stands_where_the_option_says():
     assert {s.wide_first for s in Kronecker(small="both").menu(48, 36)} == {True, False}
 
 
+@given(structures(padded=True))
+@settings(max_examples=40, deadline=None)
+def test_the_highest_rank_is_that_of_random_factors(structure):
+    torch.manual_seed(0)
+    specs = structure.factor_specs()
+    dense = structure.dense({name: torch.randn(spec.shape, dtype=torch.float64) for name, spec in specs.items()})
+    assert int(torch.linalg.matrix_rank(dense)) == structure.max_rank
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(384, 384), (1536, 384), (384, 1536), (51, 48)])
+def test_full_rank_offers_no_stacks_of_a_few_rows(rows, cols):
+    every, full = (list(Kronecker(full_rank=choice).menu(rows, cols)) for choice in (False, True))
+    assert {structure.max_rank for structure in full} == {min(rows, cols)}
+    assert full == [structure for structure in every if structure.max_rank == min(rows, cols)]
+    assert 0 < len(full) < len(every)
+
+
+def test_full_rank_is_not_asked_of_lookups():
+    assert list(Kronecker(full_rank=True).menu(1000, 48, lookup=True)) == list(Kronecker().menu(1000, 48, lookup=True))
+
+
+def test_full_rank_holds_for_fixed_shapes():
+    assert list(Kronecker(full_rank=True, left=(4, 4)).menu(48, 48))
+    assert not list(Kronecker(full_rank=True, left=(8, 1)).menu(48, 48))
+    assert list(Kronecker(full_rank=True, left=(8, 1), terms=8).menu(48, 48))
+
+
 def test_terms_are_those_that_were_asked_for():
     assert {s.terms for s in Kronecker(terms=3).menu(48, 36)} == {3}
 
