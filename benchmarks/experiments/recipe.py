@@ -88,7 +88,8 @@ class Recipe(Experiment):
         primary = next(iter(figures["metrics"]))
         kept = figures["metrics"][primary] / figures["teacher"][primary] if figures["teacher"][primary] else 0.0
         where = {} if device.type == "cpu" else {"device": device_name(device)}
-        return Outcome({**figures, "stage_1": first, "primary": primary, "kept": kept, **where})
+        made = {"compress": self._preset("task").data.get("compress")}  # presets change; None: nothing is factorised
+        return Outcome({**figures, **made, "stage_1": first, "primary": primary, "kept": kept, **where})
 
     def _preset(self, part: str) -> Any:
         """The preset with our settings of one of its stages."""

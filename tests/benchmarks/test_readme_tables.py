@@ -199,7 +199,10 @@ def test_every_result_of_corpus_distillation_is_a_row_and_there_is_no_other():
 
 
 TASKS = ("sst2", "stsb", "mrpc", "cola", "rte")
-TAUGHT = ("kronecker-svd-kd", "svd-kd", "svd-hidden-kd", "tucker-kd", "small-dense", "kroneckerbert")
+TAUGHT = (
+    *("kronecker-svd-kd, full rank", "kronecker-svd-kd", "svd-kd", "svd-hidden-kd"),
+    *("tucker-kd", "small-dense", "kroneckerbert"),
+)
 
 
 def by_teacher(result):
@@ -215,7 +218,11 @@ def taught_rows(results):
         longer = "corpus.max_steps=800" in configuration["settings"]
         key = (TASKS.index(configuration["task"]), configuration["ratio"], not longer)
         row = found.setdefault(key, {"metric": primary, "teacher": figures["teacher"][primary]})
-        row[configuration["preset"]] = f"{figures['metrics'][primary]:.3f} ({figures['kept']:.1%})"
+        options = (figures.get("compress") or {}).get("options", {})
+        full = options.get("full_rank") or "compress.options.full_rank=true" in configuration["settings"]
+        row[configuration["preset"] + ", full rank" * full] = (
+            f"{figures['metrics'][primary]:.3f} ({figures['kept']:.1%})"
+        )
     rows = []
     for (task, ratio, short), row in sorted(found.items()):
         first = f"{TASKS[task]}, {ratio:g}" + ("" if short else ", longer")
