@@ -35,6 +35,7 @@ class Steps:
         model: of `benchmarks.models`.
         method, ratio: of the student, a compressed copy.
         batch, tokens: size of the batch; the texts are from half as long as `tokens` to `tokens` long if `padded`.
+        dropout: whether the model keeps its own.
         bf16: passes under autocast, those by hand as PyTorch does them; losses in float32.
     """
 
@@ -49,9 +50,12 @@ class Steps:
         seed: int,
         folder: str,
         bf16: bool = False,
+        dropout: bool = True,
     ) -> None:
         self._autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=bf16)
         self.teacher, _ = load_model(model, seed=seed, sentences=read_sentences())
+        if not dropout:
+            _without_dropout(self.teacher)
         self.student = copy.deepcopy(self.teacher)
         compresskit.compress(self.student, method, ratio=ratio)
         self.batch = _batch(self.teacher.config.vocab_size, batch, tokens, padded, seed)
@@ -100,6 +104,12 @@ class Steps:
         split = (states.unflatten(-1, (heads, -1)).transpose(1, 2) for states in (query, key))
         q, k = split
         return q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+
+
+def _without_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
 
 
 @contextmanager

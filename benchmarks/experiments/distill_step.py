@@ -32,12 +32,13 @@ class DistillStep(Experiment):
         model: the teacher: `minilm`, or a random one.
         batch, tokens: size of the batch.
         dtype: bfloat16: both under autocast, by hand as PyTorch does it; and ours in float32 beside them.
+        dropout: `own`: the model's, or `none`.
         padding: `some` makes texts from half of `tokens` to `tokens` long, `none` all of `tokens`.
         repeats: rounds of timing; the figures are their medians.
     """
 
     kind: ClassVar[str] = "distill-step"
-    later: ClassVar[tuple[str, ...]] = ("dtype",)
+    later: ClassVar[tuple[str, ...]] = ("dtype", "dropout")
 
     method: str
     ratio: float
@@ -47,6 +48,7 @@ class DistillStep(Experiment):
     padding: str = "some"
     repeats: int = 7
     dtype: str = "float32"
+    dropout: str = "own"
 
     def run(self, data: Path | None) -> Outcome:
         peaks = {how: self._peak_bytes(how) for how in ("nothing", "by_hand", "ours")}  # before torch is imported here
@@ -76,7 +78,7 @@ class DistillStep(Experiment):
 
     def _options(self) -> dict[str, Any]:
         names = ("model", "method", "ratio", "batch", "tokens", "seed")
-        more = {"padded": self.padding == "some", "bf16": self.dtype == "bfloat16"}
+        more = {"padded": self.padding == "some", "bf16": self.dtype == "bfloat16", "dropout": self.dropout == "own"}
         return {name: getattr(self, name) for name in names} | more
 
     def _peak_bytes(self, how: str) -> int:
@@ -90,6 +92,7 @@ class DistillStep(Experiment):
         return {
             "method": configuration["method"],
             "ratio": f"{configuration['ratio']:g}",
+            "dropout": configuration.get("dropout", "own"),
             "multiplies in": configuration.get("dtype", "float32"),
             "batch": f"{configuration['batch']} x {configuration['tokens']}, padding: {configuration['padding']}",
             "time / by hand": f"{figures['time_ratio']:.3f}",

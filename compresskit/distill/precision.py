@@ -30,8 +30,9 @@ def trained_attention(args: Any) -> AbstractContextManager[Any]:
     """For the forward pass of a training step: `scaled_dot_product_attention` in float32 where that is faster.
 
     On a processor the backward pass of PyTorch 2.13 in bfloat16 takes four to eight times what it takes in float32 with
-    up to 64 tokens, which is half of a whole step, and as much at 512. All else, and passes without a gradient, stay
-    as they are. So do steps that compute their activations again (`gradient_checkpointing`) or are compiled.
+    up to 64 tokens, which is half of a whole step, and as much at 512; without dropout, that is. All else, and passes
+    without a gradient, stay as they are. So do steps that compute their activations again (`gradient_checkpointing`) or
+    are compiled.
 
     Args:
         args: `transformers.TrainingArguments` of the training.
@@ -46,6 +47,9 @@ class _WideAttention(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is not scaled_dot_product_attention or not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        dropout = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)
+        if dropout > 0:  # PyTorch has another way there, which is not slow
             return func(*args, **kwargs)
         query = args[0] if args else kwargs["query"]
         with torch.autocast("cpu", enabled=False):

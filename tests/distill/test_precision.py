@@ -1,5 +1,6 @@
 """Which precision attention is trained in; that it changes nothing else."""
 
+import contextlib
 import functools
 from types import SimpleNamespace
 
@@ -55,6 +56,16 @@ def test_elsewhere_it_is_left_alone(how):
     with asked(**how):
         ours = attend(torch.bfloat16, mask="none")
     torch.testing.assert_close(ours, plain, rtol=0, atol=0)
+
+
+def test_with_dropout_it_is_left_alone():
+    found = []
+    for context in (asked(), contextlib.nullcontext()):
+        torch.manual_seed(0)
+        query, key, value = (torch.randn(2, 3, 5, 8).bfloat16().requires_grad_() for _ in range(3))
+        with context:
+            found.append(scaled_dot_product_attention(query, key, value, dropout_p=0.5).detach())
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 def test_without_a_gradient_and_in_other_precisions_it_is_left_alone():
