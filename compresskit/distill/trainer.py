@@ -3,20 +3,19 @@
 import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from compresskit.distill.anatomy import Anatomy
 from compresskit.distill.batch import LABELS, UNITS, Batch, make_batch
 from compresskit.distill.cache import TeacherCache
 from compresskit.distill.features import Feature, Recorder
 from compresskit.distill.objective import Evaluated, Objective, bind
-from compresskit.distill.precision import trained_attention
+from compresskit.distill.precision import PreciseTrainer
 from compresskit.distill.progress import Meter
 from compresskit.distill.projections import ATTRIBUTE, Projections
 from compresskit.distill.teacher import Teacher
@@ -24,7 +23,7 @@ from compresskit.errors import DistillError, LossError
 
 
 @final
-class DistillationTrainer(Trainer):  # type: ignore[misc]
+class DistillationTrainer(PreciseTrainer):
     """A `transformers.Trainer` whose loss is an objective between a student and a teacher.
 
     All that Trainer does works on the student: schedules, accumulation, mixed precision, DDP, evaluation, checkpoints
@@ -156,12 +155,6 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         processes = self.accelerator.num_processes  # DDP takes the mean of the gradients; we want their sum
         self._meter.add_terms({name: value * processes for name, value in evaluated.terms.items()})
         return (evaluated.total * processes, outputs) if return_outputs else evaluated.total * processes
-
-    def compute_loss_context_manager(self) -> ExitStack:
-        """Trainer's, with attention in the precision that trains fastest."""
-        stack: ExitStack = super().compute_loss_context_manager()
-        stack.enter_context(trained_attention(self.args))
-        return stack
 
     def _run_student(
         self, model: nn.Module, batch: Batch, answers: dict[Feature, Tensor], totals: Tensor

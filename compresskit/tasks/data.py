@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, final
 import datasets
 
 from compresskit.errors import DataError
-from compresskit.tasks.find import find_files, hub_source, load_hub
+from compresskit.tasks.find import TABLES, find_files, hub_source, load_hub
 from compresskit.tasks.labels import label_index, label_number, name_index, sorted_names
 from compresskit.tasks.rows import Row, read_rows
 from compresskit.tasks.task import Task
@@ -101,16 +101,12 @@ def _rows(task: Task, data: str | Path | None, split: str) -> Iterator[Row]:
     assert data is not None
     expected = [*task.text_columns, *([task.label_column] if task.label_column else [])]
     for path in find_files(task, data, split):
-        if task.kind == "language-modelling" and path.suffix not in STRUCTURED:
+        if task.kind == "language-modelling" and path.suffix not in TABLES:
             for number, text in enumerate(documents([path]), 1):
                 yield Row(str(path), "document", number, {task.text_columns[0][0]: text})
         else:
             rows = read_rows(path, expected=expected, headerless=task.headerless)
             yield from (row for row in rows if not _is_blank(task, row))
-
-
-STRUCTURED = (".tsv", ".csv", ".jsonl", ".ndjson", ".json", ".parquet")
-"""Files with columns; any other is plain text for a task of plain text."""
 
 
 def _is_blank(task: Task, row: Row) -> bool:

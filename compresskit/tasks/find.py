@@ -7,7 +7,9 @@ from typing import Any
 from compresskit.errors import DataError
 from compresskit.tasks.task import HubSource, Task
 
-FORMATS = (".tsv", ".csv", ".jsonl", ".ndjson", ".json", ".parquet", ".conll", ".txt")
+TABLES = (".tsv", ".csv", ".jsonl", ".ndjson", ".json", ".parquet")
+"""Files with columns."""
+FORMATS = (*TABLES, ".conll", ".txt")
 """Files that are read; `.conll` for token classification alone, `.txt` for that and for plain text."""
 COLLECTIONS = ("", "glue")
 """Folders in which that of a task is looked for, below the one that was given."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-from compresskit.distill.precision import own_forward
+from compresskit.distill.precision import PreciseTrainer, own_forward
 from compresskit.errors import DataError
 from compresskit.tasks.callbacks import OnTrainProgress, training_callbacks
 from compresskit.tasks.data import load_task_data
@@ -16,7 +16,7 @@ from compresskit.tasks.processes import Processes
 from compresskit.tasks.runs import LOG, open_run
 from compresskit.tasks.settings import TrainSettings, training_arguments
 from compresskit.tasks.task import Task
-from compresskit.tasks.trainer import DevSet, TaskTrainer, score_on_
+from compresskit.tasks.trainer import DevSet, score_on_
 
 
 @final
@@ -85,7 +85,7 @@ def finetune_(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
     checkpoint = processes.once(lambda: open_run(folder, record, resume=resume))
-    trainer = TaskTrainer(
+    trainer = PreciseTrainer(
         model,
         training_arguments(settings, folder, metric=task.primary),
         data_collator=collator(tokenizer, multiple_of=8 if settings.bf16 else 1),

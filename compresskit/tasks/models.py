@@ -40,13 +40,9 @@ def model_for(
         DataError: a new head, but the task does not name its labels (`with_labels_of` reads them from the data).
     """
     if task.kind == "language-modelling":
-        return _word_model(folder, dtype)
-    changes = _head_config(task, folder) if new_head else {}
-    model, made = load_with_head(
-        folder, AUTO_CLASSES[task.kind], changes=changes, dtype=dtype, new_head=new_head or task.kind == "similarity"
-    )
-    if made and not new_head:  # an encoder of sentences without a pooler: nobody asks it
-        model.base_model.pooler = None
+        model = _word_model(folder, dtype)
+    else:
+        model = _model_with_head(task, folder, new_head=new_head, dtype=dtype)
     if getattr(model.config, "pad_token_id", 0) is None:
         model.config.pad_token_id = tokenizer_for(folder).pad_token_id  # decoders find the last token by it
     return model
@@ -59,8 +55,16 @@ def _word_model(folder: str | Path, dtype: str | torch.dtype | None) -> Model:
         raise CheckpointError(
             f"{folder} holds a {type(model).__name__}, which predicts no words: causal or masked language models do"
         )
-    if getattr(model.config, "pad_token_id", 0) is None:
-        model.config.pad_token_id = tokenizer_for(folder).pad_token_id
+    return model
+
+
+def _model_with_head(task: Task, folder: str | Path, *, new_head: bool, dtype: str | torch.dtype | None) -> Model:
+    changes = _head_config(task, folder) if new_head else {}
+    model, made = load_with_head(
+        folder, AUTO_CLASSES[task.kind], changes=changes, dtype=dtype, new_head=new_head or task.kind == "similarity"
+    )
+    if made and not new_head:  # an encoder of sentences without a pooler: nobody asks it
+        model.base_model.pooler = None
     return model
 
 

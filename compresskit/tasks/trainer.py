@@ -1,7 +1,6 @@
 """transformers' Trainer for tasks: batches of alike length, and the task's own metrics as its evaluation."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, final
@@ -9,7 +8,6 @@ from typing import Any, final
 import torch
 import transformers
 
-from compresskit.distill.precision import trained_attention
 from compresskit.errors import DataError, TrainingError
 from compresskit.tasks.data import Examples
 from compresskit.tasks.evaluate import predict
@@ -36,17 +34,6 @@ class DevSet:
         """The task's metrics of a model, its primary one first."""
         outputs = predict(model, self.tokenizer, self.task, self.features, batch_size=self.batch_size)
         return score(self.task, predictions_of(self.task, outputs, self.features, self.examples), self.examples)
-
-
-@final
-class TaskTrainer(transformers.Trainer):  # type: ignore[misc]
-    """Trainer, with attention in the precision that trains fastest."""
-
-    def compute_loss_context_manager(self) -> ExitStack:
-        """Trainer's, and that of attention."""
-        stack: ExitStack = super().compute_loss_context_manager()
-        stack.enter_context(trained_attention(self.args))
-        return stack
 
 
 @final
