@@ -65,6 +65,9 @@ class Steps:
             Objective(make_loss("hidden-states"), make_loss("attention-scores")),
             TrainingArguments(folder, use_cpu=True, bf16=bf16, report_to="none", disable_tqdm=True),
         )
+        self.by_hands = copy.deepcopy(self.student) if bf16 else self.student
+        if bf16:  # as `train` would, which is not called: its forward pass then multiplies in bfloat16
+            self.trainer.accelerator.prepare_model(self.student)
 
     def nothing(self) -> None:
         """No step: what loading and building alone take."""
@@ -73,7 +76,7 @@ class Steps:
         """Teacher forward without gradients, student forward, backward from the sum of the same features: no loss."""
         _, student = self._forward()
         torch.stack([tensor.sum() for tensor in student]).sum().backward()
-        self.student.zero_grad()
+        self.by_hands.zero_grad()
 
     def by_hand(self) -> None:
         """`passes` with the losses written out: F.mse_loss of hidden states and of scores, padding counted in."""
@@ -83,7 +86,7 @@ class Steps:
         for layer in range(layers, 3 * layers, 2):
             loss = loss + F.mse_loss(self._scores(*student[layer:][:2]), self._scores(*teacher[layer:][:2]))
         loss.backward()
-        self.student.zero_grad()
+        self.by_hands.zero_grad()
 
     def ours(self) -> None:
         """What Trainer calls for one step: `get_batch_samples`, `training_step`."""
@@ -95,8 +98,8 @@ class Steps:
         """Features of both: hidden states of all layers, then query and key of each layer."""
         with torch.no_grad(), self._autocast(), _kept(self.teacher) as theirs:
             self.teacher.eval()(**self.batch)
-        with self._autocast(), _kept(self.student) as ours:
-            self.student.train()(**self.batch)
+        with self._autocast(), _kept(self.by_hands) as ours:
+            self.by_hands.train()(**self.batch)
         return [tensor.float() for tensor in theirs], [tensor.float() for tensor in ours]
 
     def _scores(self, query: Tensor, key: Tensor) -> Tensor:
