@@ -114,6 +114,9 @@ class StageRecipe:
         max_length: tokens of an input at most; None: the task's. A tokenizer's limit may be lower.
         mlm, clm, nsp: plain text only: also masked words, next words and next sentence, where teacher and student have
             such heads.
+        altered_copies: a task only: copies of each example in which words are replaced, for the teacher to answer. An
+            epoch takes so many times longer.
+        altered_share: of the tokens of such a copy.
         tasks: settings that differ for some tasks, by name.
     """
 
@@ -123,13 +126,16 @@ class StageRecipe:
     mlm: bool = False
     clm: bool = False
     nsp: bool = False
+    altered_copies: int = 0
+    altered_share: float = 0.4
     tasks: Mapping[str, Table] = field(default_factory=dict)
 
     def for_task(self, name: str) -> "StageRecipe":
         """The stage with what differs for this task."""
-        own = dict(self.tasks.get(name, {}))
-        length = own.pop("max_length", self.max_length)
-        return replace(self, settings=replace(self.settings, **own), max_length=length, tasks={})
+        own = self.tasks.get(name, {})
+        ours = {key: value for key, value in own.items() if key in _names(_Stage)}
+        settings = {key: value for key, value in own.items() if key not in ours}
+        return replace(self, settings=replace(self.settings, **settings), tasks={}, **ours)
 
 
 @final
@@ -292,7 +298,7 @@ def _smaller(table: Any, where: str) -> Smaller:
 
 
 def _stage(table: Any, where: str, kind: str) -> StageRecipe:
-    own = ("mlm", "clm", "nsp") if kind == "corpus" else ("tasks",)
+    own = ("mlm", "clm", "nsp") if kind == "corpus" else ("tasks", *_TASK_ALONE)
     table = _known(table, [*_names(TrainSettings), "max_length", "loss", *own], where)
     tasks = table.get("tasks", {})
     if not isinstance(tasks, Mapping):
@@ -317,10 +323,21 @@ class _Stage:
     mlm: bool = False
     clm: bool = False
     nsp: bool = False
+    altered_copies: int = 0
+    altered_share: float = 0.4
+
+    def __post_init__(self) -> None:
+        if self.altered_copies < 0:
+            raise OptionError(f"altered_copies is {self.altered_copies}; 0 or more are expected")
+        if not 0 < self.altered_share <= 1:
+            raise OptionError(f"altered_share is {self.altered_share}; a share above 0, at most 1, is expected")
+
+
+_TASK_ALONE = ("altered_copies", "altered_share")
 
 
 def _for_one_task(table: Any, where: str) -> dict[str, Any]:
-    table = _known(table, [*_names(TrainSettings), "max_length"], where)
+    table = _known(table, [*_names(TrainSettings), "max_length", *_TASK_ALONE], where)
     return {**_checked(TrainSettings, table, where), **_checked(_Stage, table, where)}
 
 

@@ -14,6 +14,7 @@ from compresskit.errors import DataError
 from compresskit.recipes.definition import StageRecipe
 from compresskit.recipes.models import has_next_words, has_sentences, has_words
 from compresskit.tasks import (
+    AlteredTexts,
     DevSet,
     Examples,
     Features,
@@ -166,12 +167,22 @@ def task_stage(
     task = splits.dev.task
     if splits.train is None:
         raise DataError(f"the task {task.name} has no labels to train on: models are only scored on it")
+    train = splits.train
+    if recipe.altered_copies:
+        train = AlteredTexts(
+            train,
+            teacher.get_input_embeddings(),
+            tokenizer,
+            copies=recipe.altered_copies,
+            share=recipe.altered_share,
+            seed=recipe.settings.seed,
+        )
     return Stage(
         name=TASK,
         teacher=teacher,
         objective=recipe.objective,
         args=training_arguments(recipe.settings, folder / TASK, metric=task.primary),
-        train_dataset=splits.train,
+        train_dataset=train,
         eval_dataset=splits.dev.features,
         data_collator=collator(tokenizer, multiple_of=8 if recipe.settings.bf16 else 1),
         callbacks=_callbacks(TASK, recipe, folder, on_progress, scored=True),

@@ -8,6 +8,7 @@ tasks.evaluate(model, tokenizer, task, "glue")  # {"accuracy": ...}
 """
 
 import compresskit.tasks.definitions  # noqa: F401 - registers the tasks
+from compresskit.tasks.altered import AlteredTexts
 from compresskit.tasks.callbacks import OnTrainProgress, ProgressCallback, TrainProgress, training_callbacks
 from compresskit.tasks.corpus import load_corpus
 from compresskit.tasks.data import Examples, load_task_data, with_labels_of
@@ -35,6 +36,7 @@ from compresskit.tasks.trainer import BucketSampler, DevSet, score_on_
 
 __all__ = [
     "KINDS",
+    "AlteredTexts",
     "BucketSampler",
     "Collator",
     "DevSet",

@@ -143,6 +143,18 @@ def test_the_task_is_the_loss_of_transformers(task):
     torch.testing.assert_close(loss, student(**batch).loss, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("task", "none"), [("sequence", -100), ("regression", float("nan"))])
+def test_examples_without_a_label_add_nothing_to_the_task(task, none):
+    student, batch = model(task, seed=1), collate(examples(task, count=4))
+    some = {name: value[:3] for name, value in batch.items()}
+    whole = evaluate(objective("task"), model(task), student, some).total
+    batch["labels"][3] = none
+    part = evaluate(objective("task"), model(task), student, batch).total
+    torch.testing.assert_close(part, whole * 3 / 4, rtol=1e-5, atol=1e-6)
+    part.backward()
+    assert all(torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)
+
+
 def test_labels_of_tokens_are_not_shifted_in_a_decoder():
     import transformers
 

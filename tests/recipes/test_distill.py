@@ -1,5 +1,6 @@
 """What a distillation does besides training: stages that are left out, own students, resuming, and what it refuses."""
 
+import math
 import shutil
 
 import pytest
@@ -8,6 +9,7 @@ import transformers
 
 import compresskit
 import compresskit.recipes as recipes
+import compresskit.tasks as tasks
 from compresskit.errors import CheckpointError, DataError, DistillError, OptionError, TrainingError
 from compresskit.recipes.stages import SaveByClock
 from compresskit.tasks import Processes, custom_task, find_task
@@ -129,6 +131,22 @@ def test_a_stage_stops_when_its_scores_stay_below_the_best(teacher, reviews, tmp
     (stage,) = result.stages
     assert (stage.steps, stage.best_step, len(stage.curve)) == (3, 1, 3)
     assert result.metrics == stage.metrics == stage.curve[0][1]
+
+
+@pytest.mark.parametrize("task", [SST2, find_task("stsb")], ids=lambda task: task.name)
+def test_altered_copies_are_learnt_from_the_teacher_alone(task, teacher, base, reviews, tmp_path):
+    if task.kind == "regression":
+        torch.manual_seed(1)
+        teacher = save(tasks.model_for(task, base, new_head=True), tmp_path / "teacher")
+    preset = recipes.preset("svd-kd").with_values({"task.epochs": 1, "task.batch_size": 4, "task.device": "cpu"})
+    runs = []
+    for number in (3, 0):
+        changed, folder = preset.with_values({"task.altered_copies": number}), tmp_path / str(number)
+        runs += recipes.distill(changed, teacher, folder, task=task, data=reviews, ratio=2).stages
+    copies, none = runs
+    assert copies.steps == 4 * none.steps
+    assert all(math.isfinite(value) for value in copies.loss.values())
+    assert copies.loss["loss_task"] < 0.5 * none.loss["loss_task"]  # three quarters have no label
 
 
 def test_without_a_corpus_stage_1_is_left_out_and_said(teacher, reviews, tmp_path):

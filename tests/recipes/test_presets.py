@@ -159,6 +159,9 @@ def test_an_unknown_preset_names_the_nearest(name, error, match):
         ),
         ('method = "svd"', 'method = "svd"\nmethods = "svd"', r"my\.toml: compress\.methods is a table, not 'svd'"),
         ("uniform = true", "uniform = 3", r"my\.toml: compress: option 'uniform' takes true or false, got '3'"),
+        ("[task]", "[task]\naltered_copies = -1", r"my\.toml: task: altered_copies is -1; 0 or more are expected"),
+        ("[task]", "[task]\naltered_share = 0.0", r"my\.toml: task: altered_share is 0\.0; a share above 0, at most 1"),
+        ("[corpus]", "[corpus]\naltered_copies = 1", r"my\.toml: corpus has no key 'altered_copies'"),
         ("[compress]", "[compress", r"my\.toml is not TOML: .*line"),
     ],
 )
