@@ -19,6 +19,7 @@ from compresskit.core.decomposition import Analysis, Decomposition, Fitted
 from compresskit.core.importance import Importance
 from compresskit.core.kron_gpu import use_kernels
 from compresskit.core.modules import FactorizedEmbedding, FactorizedLinear
+from compresskit.core.native_build import KernelState, build_kernels, kernel_state
 from compresskit.core.registry import decomposition, register
 from compresskit.core.registry import decompositions as methods
 from compresskit.core.structure import Structure, TensorSpec
@@ -47,6 +48,7 @@ __all__ = [
     "FrontPoint",
     "Gemm",
     "Importance",
+    "KernelState",
     "Kronecker",
     "Machine",
     "OnProgress",
@@ -59,6 +61,7 @@ __all__ = [
     "TensorSpec",
     "__version__",
     "apply",
+    "build_kernels",
     "calibrate",
     "compress",
     "decomposition",
@@ -67,6 +70,7 @@ __all__ = [
     "describe_options",
     "find_sites",
     "install_",
+    "kernel_state",
     "layout_of",
     "load_calibration",
     "methods",

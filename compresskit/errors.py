@@ -53,6 +53,10 @@ class CalibrationError(CompresskitError, ValueError):
     """Calibration has no data to go by, met values that are not finite, or was made for another model."""
 
 
+class KernelError(CompresskitError, OSError):
+    """The compiled kernel cannot be made here."""
+
+
 class TrainingError(CompresskitError, RuntimeError):
     """Training cannot start, cannot be resumed, or has diverged."""
 

@@ -130,6 +130,16 @@ def progress_bar() -> Iterator["OnProgress"]:
         yield show
 
 
+@contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """Something that turns on the standard error while one waits. Silent when that is not a terminal."""
+    if not progress_console.is_terminal:
+        yield
+        return
+    with progress_console.status(text):
+        yield
+
+
 def plan(plan: "Plan", *, calibrated: bool = False) -> None:
     """One row per site, then the sums and what stays dense."""
     chosen = any(p.alternatives for p in plan.sites)

@@ -4,12 +4,14 @@ import importlib.util
 import os
 import pathlib
 import signal
+import tempfile
 
 import pytest
 import torch
 from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a hub; read when huggingface_hub is imported
+os.environ["COMPRESSKIT_CACHE"] = str(pathlib.Path(tempfile.gettempdir()) / "compresskit-has-no-kernels")
 
 import compresskit.decompositions  # noqa: F401 - registers the built-in ones
 

@@ -9,13 +9,14 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from compresskit.core.autograd import is_traced, narrow, with_signature
+from compresskit.core.native import Plan, first_axis, kernel, last_axis
 from compresskit.core.structure import Factor, linear, plain_matrix, tensor_of
 from compresskit.errors import StructureError
 
@@ -43,6 +44,11 @@ class Step(ABC):
     @property
     @abstractmethod
     def macs(self) -> int: ...
+
+    @property
+    def native_plan(self) -> Plan | None:
+        """The step for the compiled kernel; None if it has none of this kind."""
+        return None
 
     @abstractmethod
     def run(self, x: Tensor, factor: Factor, bias: Tensor | None = None) -> Tensor:
@@ -73,6 +79,10 @@ class LastAxis(Step):
     @property
     def macs(self) -> int:
         return self.groups * self.ins * self.outs
+
+    @property
+    def native_plan(self) -> Plan:
+        return last_axis(self.groups, self.ins, self.outs)
 
     def run(self, x: Tensor, factor: Factor, bias: Tensor | None = None) -> Tensor:
         if self.groups == 1:
@@ -108,6 +118,10 @@ class FirstAxis(Step):
     @property
     def macs(self) -> int:
         return self.ins * self.outs * self.width
+
+    @property
+    def native_plan(self) -> Plan:
+        return first_axis(self.ins, self.outs, self.width)
 
     def run(self, x: Tensor, factor: Factor, bias: Tensor | None = None) -> Tensor:
         small, plane = tensor_of(factor), None if bias is None else bias.view(self.outs, self.width)
@@ -153,6 +167,10 @@ class Chain:
         """Numbers that lie between the steps, for each token."""
         return sum(step.numbers for step in self.steps[:-1])
 
+    @cached_property
+    def _native_plan(self) -> Plan | None:
+        return plan_of(self.steps)
+
     def run(self, x: Tensor, factors: Mapping[str, Factor], bias: Tensor | None = None) -> Tensor:
         """x (..., cols) -> (..., rows), plus bias (rows,).
 
@@ -164,11 +182,26 @@ class Chain:
             raise StructureError(
                 f"this product takes (..., {self.cols}), got {tuple(shape)}: the last sizes must agree"
             )
-        if torch.is_grad_enabled() and not is_traced() and self._is_much(x):
-            y = self._recomputed(x.reshape(-1, self.cols), factors, bias)
+        if torch.is_grad_enabled():
+            y = self._differentiable(x, factors, bias)
+        elif (found := self._native(x, factors, bias)) is not None:
+            return found
         else:
             y = _composed(self.steps, x, factors, bias)
         return y if y.dim() == len(shape) else y.view(*shape[:-1], y.shape[-1])
+
+    def _native(self, x: Tensor, factors: Mapping[str, Factor], bias: Tensor | None) -> Tensor | None:
+        """The same by the compiled kernel, if there is one and it can."""
+        if not kernel.ready() or (plan := self._native_plan) is None:
+            return None
+        plain = [plain_matrix(factors[step.factor]) for step in self.steps]
+        given = [tensor for tensor in plain if tensor is not None]
+        return kernel.chain(x, given, plan, bias) if len(given) == len(plain) else None
+
+    def _differentiable(self, x: Tensor, factors: Mapping[str, Factor], bias: Tensor | None) -> Tensor:
+        if not is_traced() and self._is_much(x):
+            return self._recomputed(x.reshape(-1, self.cols), factors, bias)
+        return _composed(self.steps, x, factors, bias)
 
     def _is_much(self, x: Tensor) -> bool:
         """Whether PyTorch would keep more between the steps than may be."""
@@ -196,6 +229,14 @@ class Chain:
         return x
 
 
+@cache
+def plan_of(steps: tuple[Step, ...]) -> Plan | None:
+    """Steps for the compiled kernel; None if it lacks one of them."""
+    found = [step.native_plan for step in steps]
+    plans = [plan for plan in found if plan is not None]
+    return tuple(number for plan in plans for number in plan) if len(plans) == len(found) else None
+
+
 def _composed(steps: Sequence[Step], x: Tensor, factors: Mapping[str, Factor], bias: Tensor | None) -> Tensor:
     *others, last = steps
     for step in others:
@@ -213,7 +254,11 @@ class _Segment(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(steps: Sequence[Step], x: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
+    def forward(steps: tuple[Step, ...], x: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
+        if kernel.ready() and (plan := plan_of(steps)) is not None:
+            found = kernel.chain(x, factors, plan, bias)
+            if found is not None:
+                return found
         named = {step.factor: factor for step, factor in zip(steps, factors, strict=True)}
         return _composed(steps, x, named, bias)
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from compresskit.core import kron_gpu
 from compresskit.core.autograd import narrow, with_signature
 from compresskit.core.kron_form import KronForm
+from compresskit.core.native import kernel
 from compresskit.errors import StructureError
 
 PART_BYTES = 4 * 2**20
@@ -50,6 +51,10 @@ def kron_linear(x: Tensor, small: Tensor, wide: Tensor, bias: Tensor | None, for
     shape, cols = x.shape, form.cols
     if not shape or shape[-1] != cols:
         raise StructureError(f"this product takes (..., {cols}) and got {tuple(shape)}: the last sizes must agree")
+    if form.rows == form.p * form.r and kernel.ready():
+        found = kernel.chain(x, form.in_order(small, wide), form.native_plan, bias)
+        if found is not None:
+            return found
     if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
         x, small, wide = narrow(x), narrow(small), narrow(wide)
         bias = None if bias is None else narrow(bias)
@@ -101,6 +106,10 @@ def _parts(x: Tensor, n: int, small: Tensor, wide: Tensor, bias: Tensor | None, 
     """The product: by a kernel of ours where one is quicker, else in parts of tokens where it is large."""
     if x.is_cuda and (found := kron_gpu.product(x, n, small, wide, bias, form)) is not None:
         return found
+    if kernel.ready():
+        found = kernel.chain(x, form.in_order(small, wide), form.native_plan, bias)
+        if found is not None:
+            return found.view(n, form.p * form.r)
     step = _step(x, form.between)
     if n <= step:
         return _part(x, n, small, wide, bias, form, None)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compresskit.core.kron_form import KronForm
+from compresskit.core.native import kernel
 from compresskit.errors import OptionError
 
 Way = Literal["fused", "mixed", "pytorch"]
@@ -56,11 +57,12 @@ _refused: set[tuple[Way, KronForm, torch.dtype]] = set()
 
 @contextlib.contextmanager
 def use_kernels(when: When) -> Iterator[None]:
-    """Within it, Kronecker layers on a GPU run as is said: for measurements, and where a kernel makes trouble.
+    """Within it, layers run as is said: for measurements, and where a kernel makes trouble.
 
     Args:
-        when: `auto`: whatever is expected to be fastest. `fused`: one Triton kernel, wherever one can. `mixed`: a
-            product of cuBLAS, mixed by a Triton kernel, wherever that can. `pytorch`: no kernel of ours.
+        when: `auto`: whatever is expected to be fastest. `fused`: on a GPU one Triton kernel, wherever one can.
+            `mixed`: a product of cuBLAS, mixed by a Triton kernel, wherever that can. `pytorch`: no kernel of ours, on
+            a processor (`build_kernels`) neither.
 
     Raises:
         OptionError: another word.
@@ -68,11 +70,12 @@ def use_kernels(when: When) -> Iterator[None]:
     global _when
     if when not in get_args(When):
         raise OptionError(f"kernels are used {', '.join(get_args(When))}; got {when!r}")
-    before, _when = _when, when
+    before, _when, allowed = _when, when, kernel.allowed
+    kernel.allowed = when != "pytorch"
     try:
         yield
     finally:
-        _when = before
+        _when, kernel.allowed = before, allowed
 
 
 @final

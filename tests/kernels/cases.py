@@ -20,7 +20,7 @@ def structure_of(small, wide, terms, left, padding=0):
 
 
 def layer_of(structure, dtype, *, bias=True, device="cpu"):
-    random = torch.Generator().manual_seed(structure.rows + structure.cols + structure.terms)
+    random = torch.Generator().manual_seed(structure.rows + structure.cols + structure.num_params)
     factors = {name: torch.randn(spec.shape, generator=random) for name, spec in structure.factor_specs().items()}
     offset = torch.randn(structure.rows, generator=random) if bias else None
     return FactorizedLinear(structure, factors, offset).to(device=device, dtype=dtype)

@@ -1,0 +1,37 @@
+"""`compresskit kernels`: compile what makes layers on a processor faster, or say whether it is there."""
+
+import json
+
+import click
+
+from compresskit_cli.command import Command
+
+
+@click.command(name="kernels", cls=Command)
+@click.option("--build", is_flag=True, help="Compile the kernel for this machine, if it is not there yet.")
+@click.option("--force", is_flag=True, help="With --build: compile it again.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(build: bool, force: bool, as_json: bool) -> None:
+    """Compile the kernel for layers on a processor.
+
+    Once, with the C++ compiler of this machine, for this version of PyTorch; every process that imports compresskit
+    then uses it. The smaller the layers and the fewer the tokens, the more it gains.
+    """
+    if force and not build:
+        raise click.UsageError("--force belongs to --build")
+    from compresskit import build_kernels, kernel_state
+    from compresskit_cli import render
+
+    if build:
+        with render.waiting("Compiling the kernel: 10 to 20 seconds"):
+            build_kernels(force=force)
+    state = kernel_state()
+    if as_json:
+        click.echo(json.dumps({"built": state.built, "path": str(state.path), "compiler": state.compiler}, indent=1))
+    elif state.built:
+        render.say(f"The kernel for this machine and this version of PyTorch is there and used: {state.path}")
+    else:
+        compiler = f"with {state.compiler}" if state.compiler else "once a C++ compiler (g++, clang++) is installed"
+        render.say(
+            f"There is none yet; layers run by PyTorch's own operations. compresskit kernels --build {compiler}."
+        )

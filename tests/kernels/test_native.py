@@ -1,0 +1,226 @@
+"""The compiled kernel: what it computes, when PyTorch does instead, and what goes wrong where it is made."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import compresskit
+from compresskit.core import native_build
+from compresskit.core.native import kernel
+from compresskit.decompositions.svd import LowRank
+from compresskit.errors import KernelError
+from tests.kernels.cases import SMALL, WIDE, error, exact, layer_of, structure_of
+
+KRONECKER = [
+    structure_of(small, wide, terms, left, padding)
+    for small in (*SMALL, (3, 1), (1, 1), (16, 16))
+    for wide in (*WIDE, (5, 3), (48, 16))
+    for terms in (1, 3)
+    for left in (True, False)
+    for padding in (0, 1)
+    if terms <= min(small[0] * small[1], wide[0] * wide[1]) and padding < min(small[0], wide[0])
+]
+CHAINS = [LowRank(96, 72, rank) for rank in (1, 5, 16, 64)]
+
+
+def others():
+    """Of the methods whose structures are made by fits alone."""
+    torch.manual_seed(0)
+    weight = torch.randn(96, 72)
+    for name in ("tucker", "tensor-train"):
+        for ratio in (1.5, 3, 8):
+            yield compresskit.decomposition(name).fit(weight, ratio=ratio).structure
+
+
+@pytest.mark.parametrize("structure", [*KRONECKER, *CHAINS, *others()], ids=str)
+def test_products_are_exact(structure, native):
+    with torch.inference_mode():
+        for bias in (True, False):
+            layer = layer_of(structure, torch.float32, bias=bias)
+            for shape in ((0,), (1,), (3,), (17,), (2, 0), (2, 5), (2, 3, 67)):
+                x = torch.randn(*shape, structure.cols, generator=torch.Generator().manual_seed(1))
+                before = len(native)
+                y = layer(x)
+                assert len(native) == before + 1
+                assert y.shape == (*shape, structure.rows)
+                assert y.is_contiguous()
+                assert not x.numel() or error(y, exact(layer, x)) < 1e-6
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 64, 1000])
+def test_threads_share_tokens_or_steps(threads, tokens, native):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for structure in (
+            structure_of((4, 2), (192, 320), 2, True),
+            structure_of((2, 8), (160, 96), 1, False),
+            LowRank(1024, 1280, 300),
+        ):
+            layer, x = layer_of(structure, torch.float32), torch.randn(tokens, structure.cols)
+            with torch.inference_mode():
+                assert error(layer(x), exact(layer, x)) < 1e-6
+    finally:
+        torch.set_num_threads(before)
+    assert len(native) == 3
+
+
+@pytest.mark.parametrize("structure", [structure_of((4, 2), (34, 40), 2, True), LowRank(96, 72, 60)], ids=str)
+def test_rows_that_do_not_lie_together(structure, native):
+    layer = layer_of(structure, torch.float32)
+    with torch.inference_mode():
+        for x in (
+            torch.randn(structure.cols, 9).T,
+            torch.randn(9, 2, structure.cols)[:, 0],
+            torch.randn(structure.cols),
+        ):
+            assert error(layer(x), exact(layer, x)) < 1e-6
+    assert native
+
+
+@pytest.mark.parametrize("structure", [structure_of((4, 2), (34, 40), 2, True), LowRank(96, 72, 60)], ids=str)
+def test_training_runs_forward_by_it_with_the_gradients_of_pytorch(structure, native):
+    layer = layer_of(structure, torch.float32)
+    x = torch.randn(800, structure.cols, requires_grad=True)
+    found = []
+    for way in ("auto", "pytorch"):
+        with compresskit.use_kernels(way):
+            y = layer(x)
+            found.append((y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-3)
+    assert len(native) == 1
+
+
+def watched():
+    """Ways to call a layer that are PyTorch's own."""
+    half = torch.bfloat16
+    return {
+        "gradients": lambda layer, x: layer(x.requires_grad_()),
+        "switched off": lambda layer, x: _within(compresskit.use_kernels("pytorch"), layer, x),
+        "autocast": lambda layer, x: _within(torch.autocast("cpu", half), layer, x),
+        "counting": lambda layer, x: _within(FlopCounterMode(display=False), layer, x),
+        "vmap": lambda layer, x: torch.vmap(layer)(x),
+        "forward derivatives": lambda layer, x: torch.func.jvp(layer, (x,), (x,))[0],
+        "bfloat16": lambda layer, x: layer.to(half)(x.to(half)),
+        "float64": lambda layer, x: layer.double()(x.double()),
+        "trace": lambda layer, x: torch.jit.trace(layer, x, check_trace=False)(x),
+        "export": lambda layer, x: torch.export.export(layer, (x,)).module()(x),
+        "meta": lambda layer, x: layer.to("meta")(x.to("meta")),
+    }
+
+
+def _within(context, layer, x):
+    with context:
+        return layer(x)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("structure", [structure_of((4, 2), (8, 10), 2, True), LowRank(32, 20, 6)], ids=str)
+@pytest.mark.parametrize("name", watched())
+def test_what_it_does_not_know_is_left_to_pytorch(name, structure, native):
+    layer, x = layer_of(structure, torch.float32), torch.randn(7, structure.cols)
+    wanted = exact(layer, x)
+    with torch.set_grad_enabled(name == "gradients"):
+        y = watched()[name](layer, x)
+    assert not native
+    assert y.is_meta or error(y, wanted) < 1e-2
+
+
+def test_a_factor_that_has_to_be_called_is_called(native):
+    layer, x = layer_of(LowRank(32, 20, 6), torch.float32), torch.randn(7, 20)
+    wanted = exact(layer, x)
+    layer.right = nn.Sequential(layer.right)
+    with torch.inference_mode():
+        assert error(layer(x), wanted) < 1e-6
+    assert not native
+
+
+def test_the_compiler_makes_its_own(native):
+    torch.compiler.reset()
+    layer, x = layer_of(structure_of((4, 2), (8, 10), 2, True), torch.float32), torch.randn(7, 20)
+    with torch.no_grad():
+        assert error(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), exact(layer, x)) < 1e-6
+    torch.compiler.reset()
+    assert not native
+
+
+@pytest.mark.parametrize(
+    ("shape", "factors", "plan", "bias", "match"),
+    [
+        ((3, 20), [(6, 20)], (3, 1, 20, 6), None, "a step of kind 3"),
+        ((3, 20), [], (0, 1, 20, 6), None, "more steps than factors"),
+        ((3, 20), [(6, 20)], (2, 4, 5, 0), None, "fewer steps than factors"),
+        ((3, 20), [(6, 19)], (0, 1, 20, 6), None, "a factor of 120 numbers"),
+        ((3, 20), [(6, 20), (5, 7)], (0, 1, 20, 6, 0, 1, 7, 5), None, "steps that do not fit"),
+        ((3, 21), [(6, 20)], (0, 1, 20, 6), None, r"\(\.\.\., 20\) in float32"),
+        ((3, 20), [(6, 20)], (0, 1, 20, 6), 5, "a bias of 6 numbers"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused(shape, factors, plan, bias, match, kernel_folder):
+    given = [torch.randn(size) for size in factors]
+    with pytest.raises(RuntimeError, match=match):
+        kernel_folder[1](torch.randn(shape), given, plan, None if bias is None else torch.randn(bias))
+
+
+LATER = """
+import torch, compresskit
+from compresskit.core.native import kernel
+layer = compresskit.SVD().fit(torch.randn(64, 64), ratio=4).to_module()
+x = torch.randn(3, 64)
+with torch.inference_mode():
+    found = layer(x), layer(x)
+    with compresskit.use_kernels("pytorch"):
+        torch.testing.assert_close(found, (layer(x), layer(x)))
+print(kernel.loaded)
+"""
+
+
+def later(folder):
+    """What a new process says: whether it uses the kernel, and warnings."""
+    environment = os.environ | {"COMPRESSKIT_CACHE": str(folder)}
+    done = subprocess.run([sys.executable, "-c", LATER], env=environment, check=True, capture_output=True, text=True)
+    return done.stdout.strip(), done.stderr
+
+
+def test_a_later_process_finds_it(kernel_folder):
+    assert later(kernel_folder[0]) == ("True", "")
+
+
+def test_a_damaged_file_is_said_once_and_pytorch_computes(no_kernel):
+    path = compresskit.kernel_state().path
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"not a library")
+    used, said = later(no_kernel)
+    assert used == "False"
+    assert said.count("layers run without the compiled kernel, which cannot be loaded") == 1
+
+
+@pytest.mark.parametrize(
+    ("compiler", "match"),
+    [("no-such-compiler", "needs a C.. compiler: .* CXX is no-such-compiler"), ("false", "cannot compile the kernel")],
+)
+def test_without_a_working_compiler_nothing_is_left(compiler, match, no_kernel, monkeypatch):
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.raises(KernelError, match=match):
+        compresskit.build_kernels()
+    assert not any(no_kernel.rglob("*"))
+    assert not kernel.loaded
+
+
+def test_a_cache_that_cannot_be_written_is_named(no_kernel, monkeypatch):
+    no_kernel.write_text("a file")
+    with pytest.raises(KernelError, match=r"cannot be written to .*cache: "):
+        compresskit.build_kernels()
+
+
+def test_a_slow_compiler_is_given_up(no_kernel, monkeypatch):
+    monkeypatch.setattr(native_build, "TIMEOUT_S", 0.01)
+    with pytest.raises(KernelError, match=r"has not compiled the kernel in 0\.01 s"):
+        compresskit.build_kernels()
+    assert not any(no_kernel.rglob("*.so"))
