@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compresskit.core.autograd import is_traced, narrow, with_signature
-from compresskit.core.native import Plan, first_axis, kernel, last_axis
+from compresskit.core.native import Native, Plan, first_axis, kernel, last_axis
 from compresskit.core.structure import Factor, linear, plain_matrix, tensor_of
 from compresskit.errors import StructureError
 
@@ -168,8 +168,10 @@ class Chain:
         return sum(step.numbers for step in self.steps[:-1])
 
     @cached_property
-    def _native_plan(self) -> Plan | None:
-        return plan_of(self.steps)
+    def native(self) -> Native | None:
+        """The steps for the compiled kernel; None if it lacks one of them."""
+        plan = plan_of(self.steps)
+        return None if plan is None else (plan, tuple(step.factor for step in self.steps))
 
     def run(self, x: Tensor, factors: Mapping[str, Factor], bias: Tensor | None = None) -> Tensor:
         """x (..., cols) -> (..., rows), plus bias (rows,).
@@ -182,26 +184,11 @@ class Chain:
             raise StructureError(
                 f"this product takes (..., {self.cols}), got {tuple(shape)}: the last sizes must agree"
             )
-        if torch.is_grad_enabled():
-            y = self._differentiable(x, factors, bias)
-        elif (found := self._native(x, factors, bias)) is not None:
-            return found
+        if torch.is_grad_enabled() and not is_traced() and self._is_much(x):
+            y = self._recomputed(x.reshape(-1, self.cols), factors, bias)
         else:
             y = _composed(self.steps, x, factors, bias)
         return y if y.dim() == len(shape) else y.view(*shape[:-1], y.shape[-1])
-
-    def _native(self, x: Tensor, factors: Mapping[str, Factor], bias: Tensor | None) -> Tensor | None:
-        """The same by the compiled kernel, if there is one and it can."""
-        if not kernel.ready() or (plan := self._native_plan) is None:
-            return None
-        plain = [plain_matrix(factors[step.factor]) for step in self.steps]
-        given = [tensor for tensor in plain if tensor is not None]
-        return kernel.chain(x, given, plan, bias) if len(given) == len(plain) else None
-
-    def _differentiable(self, x: Tensor, factors: Mapping[str, Factor], bias: Tensor | None) -> Tensor:
-        if not is_traced() and self._is_much(x):
-            return self._recomputed(x.reshape(-1, self.cols), factors, bias)
-        return _composed(self.steps, x, factors, bias)
 
     def _is_much(self, x: Tensor) -> bool:
         """Whether PyTorch would keep more between the steps than may be."""

@@ -51,10 +51,6 @@ def kron_linear(x: Tensor, small: Tensor, wide: Tensor, bias: Tensor | None, for
     shape, cols = x.shape, form.cols
     if not shape or shape[-1] != cols:
         raise StructureError(f"this product takes (..., {cols}) and got {tuple(shape)}: the last sizes must agree")
-    if form.rows == form.p * form.r and kernel.ready():
-        found = kernel.chain(x, form.in_order(small, wide), form.native_plan, bias)
-        if found is not None:
-            return found
     if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
         x, small, wide = narrow(x), narrow(small), narrow(wide)
         bias = None if bias is None else narrow(bias)
@@ -107,7 +103,7 @@ def _parts(x: Tensor, n: int, small: Tensor, wide: Tensor, bias: Tensor | None, 
     if x.is_cuda and (found := kron_gpu.product(x, n, small, wide, bias, form)) is not None:
         return found
     if kernel.ready():
-        found = kernel.chain(x, form.in_order(small, wide), form.native_plan, bias)
+        found = kernel.chain(x, (wide, small) if form.wide_first else (small, wide), form.native_plan, bias)
         if found is not None:
             return found.view(n, form.p * form.r)
     step = _step(x, form.between)

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import final
 
-from torch import Tensor
-
 from compresskit.core.native import Plan, first_axis, last_axis, swap
 
 
@@ -41,14 +39,10 @@ class KronForm:
 
     @cached_property
     def native_plan(self) -> Plan:
-        """The product (..., cols) -> (..., p * r) for the compiled kernel; its factors as `in_order` gives them."""
+        """The product (..., cols) -> (..., p * r) for the compiled kernel; its factors as the products come."""
         p, q, r, s, k = self.p, self.q, self.r, self.s, self.terms
         if self.wide_first:
             products = (*last_axis(q, s, k * r), *first_axis(q * k, p, r))
         else:
             products = (*first_axis(q, p * k, s), *last_axis(p, k * s, r))
         return products if self.small_left else (*swap(s, q), *products, *swap(p, r))
-
-    def in_order(self, small: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
-        """The factors in the order of the products."""
-        return (wide, small) if self.wide_first else (small, wide)

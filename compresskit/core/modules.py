@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from compresskit.core.lazy import LazyWeight
-from compresskit.core.structure import Factor, Structure, TensorSpec
+from compresskit.core.native import Native, kernel
+from compresskit.core.structure import Factor, Structure, TensorSpec, plain_matrix
 from compresskit.errors import StructureError
 
 
@@ -103,6 +104,7 @@ class FactorizedLinear(FactorizedModule):
 
     def __init__(self, structure: Structure, factors: Mapping[str, Tensor], bias: Tensor | None = None) -> None:
         super().__init__(structure)
+        self._native = structure.native  # asked for in every forward
         self.in_features, self.out_features = structure.cols, structure.rows  # callers assign them, as nn.Linear
         if bias is not None and bias.shape != (structure.rows,):
             raise StructureError(f"the bias of {structure.rows} outputs has shape {tuple(bias.shape)}")
@@ -137,8 +139,16 @@ class FactorizedLinear(FactorizedModule):
             raise StructureError(
                 f"this layer takes (..., {structure.cols}) and got {tuple(shape)}: the last sizes must agree"
             )
+        if self._native is not None and kernel.ready() and (y := self._by_kernel(x, self._native)) is not None:
+            return y
         factors: dict[str, Factor] = {name: self._own(name) for name in self._factor_names}
         return structure.matmul(x, factors, self._own("bias"))
+
+    def _by_kernel(self, x: Tensor, native: Native) -> Tensor | None:
+        """The same by the compiled kernel, where no factor has to be called."""
+        plan, names = native
+        factors = [tensor for name in names if (tensor := plain_matrix(self._own(name))) is not None]
+        return kernel.chain(x, factors, plan, self._own("bias")) if len(factors) == len(names) else None
 
 
 @final

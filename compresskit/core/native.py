@@ -16,6 +16,9 @@ from torch import Tensor
 Plan = tuple[int, ...]
 """Steps of a chain as the kernel reads them, four numbers each: see `last_axis`, `first_axis` and `swap`."""
 
+Native = tuple[Plan, tuple[str, ...]]
+"""A plan, and the names of the factors in the order of its steps."""
+
 
 def last_axis(groups: int, ins: int, outs: int) -> Plan:
     """(groups * ins) -> (groups * outs): each group times a factor (outs, ins), transposed."""
@@ -69,7 +72,9 @@ class Kernel:
 
     def ready(self) -> bool:
         """Whether it may compute now: not where PyTorch has to derive or a compiler looks on."""
-        return not (torch.compiler.is_compiling() or torch.is_grad_enabled()) and self.allowed and self.loaded
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.allowed:
+            return False
+        return self._op is not None or (not self._looked and self.loaded)
 
     def chain(self, x: Tensor, factors: Sequence[Tensor], plan: Plan, bias: Tensor | None) -> Tensor | None:
         """x (..., cols) -> (..., rows) by the steps of a plan, plus bias; None where PyTorch has to.
@@ -77,16 +82,14 @@ class Kernel:
         Only when `ready`.
 
         Args:
-            factors: plain tensors, in the order of the steps.
+            factors: plain tensors of the type and on the device of x, in the order of the steps.
+
+        Raises:
+            RuntimeError: they are of another.
         """
         if x.dtype is not torch.float32 or not x.is_cpu or type(x) is not Tensor:
             return None
-        for tensor in factors:
-            if tensor.dtype is not torch.float32 or not tensor.is_cpu:
-                return None
-        if bias is not None and (bias.dtype is not torch.float32 or not bias.is_cpu):
-            return None
-        if torch.is_autocast_enabled("cpu") or torch.jit.is_tracing() or _is_watched():  # type: ignore[attr-defined, no-untyped-call]
+        if torch.is_autocast_enabled("cpu") or torch._C._get_tracing_state() is not None or _is_watched():
             return None
         y: Tensor = self._op(x, factors, plan, bias)
         return y

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compresskit.core.cost import Gemm, Operation, Pass
+from compresskit.core.native import Native
 from compresskit.errors import StructureError
 
 Factor = Tensor | nn.Module
@@ -107,6 +108,11 @@ class Structure(ABC):
     @abstractmethod
     def matmul(self, x: Tensor, factors: Mapping[str, Factor], bias: Tensor | None = None) -> Tensor:
         """`x @ W.T + bias` without building W: x (..., cols) -> (..., rows)."""
+
+    @property
+    def native(self) -> Native | None:
+        """`matmul` for the compiled kernel of core/native.py; None where PyTorch does it."""
+        return None
 
     @abstractmethod
     def take_rows(self, index: Tensor, factors: Mapping[str, Tensor]) -> Tensor:

@@ -34,6 +34,7 @@ from compresskit.core.importance import Importance
 from compresskit.core.kron import kron_linear, swaps
 from compresskit.core.kron_form import KronForm
 from compresskit.core.kron_weighted import Shape, WeightedSums
+from compresskit.core.native import Native
 from compresskit.core.registry import register
 from compresskit.core.structure import Factor, Structure, TensorSpec, linear, plain_matrix
 from compresskit.errors import OptionError, StructureError
@@ -153,6 +154,12 @@ class KroneckerSum(Structure):
     def _form(self) -> KronForm:
         (p, q), (r, s) = self.small, self.wide
         return KronForm(p, q, r, s, self.terms, self.wide_first, self.small_left, self.rows)
+
+    @property
+    def native(self) -> Native | None:
+        if self.rows != self.small[0] * self.wide[0]:
+            return None
+        return self._form.native_plan, ("wide", "small") if self.wide_first else ("small", "wide")
 
     def matmul(self, x: Tensor, factors: Mapping[str, Factor], bias: Tensor | None = None) -> Tensor:
         small, wide = plain_matrix(factors["small"]), plain_matrix(factors["wide"])

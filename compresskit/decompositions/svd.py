@@ -21,6 +21,7 @@ from compresskit.core.decomposition import Analysis, Decomposition, squared_norm
 from compresskit.core.folding import SINGLE_TAIL, gram, row_gram
 from compresskit.core.importance import Importance
 from compresskit.core.metric import Metric, Moment
+from compresskit.core.native import Native
 from compresskit.core.registry import register
 from compresskit.core.structure import Factor, Structure, TensorSpec
 from compresskit.errors import OptionError, StructureError
@@ -60,6 +61,10 @@ class LowRank(Structure):
     @cached_property
     def _chain(self) -> Chain:
         return Chain(self.cols, (LastAxis("right", 1, self.cols, self.rank), LastAxis("left", 1, self.rank, self.rows)))
+
+    @property
+    def native(self) -> Native | None:
+        return self._chain.native
 
     def matmul(self, x: Tensor, factors: Mapping[str, Factor], bias: Tensor | None = None) -> Tensor:
         return self._chain.run(x, factors, bias)

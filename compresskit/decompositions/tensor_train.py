@@ -18,6 +18,7 @@ from compresskit.core.chain import Chain, FirstAxis, LastAxis
 from compresskit.core.cost import Gemm, Operation, Pass
 from compresskit.core.decomposition import Analysis, Decomposition
 from compresskit.core.folding import Unfolding, balanced_factors, rank_triples
+from compresskit.core.native import Native
 from compresskit.core.registry import register
 from compresskit.core.structure import Factor, Structure, TensorSpec
 from compresskit.errors import OptionError, StructureError
@@ -77,6 +78,10 @@ class TrainCores(Structure):
         first = (FirstAxis("first", s1, r1, r2),) if s1 < r1 else ()
         middle = LastAxis("right", 1, c1 * s3, s2), LastAxis("left", 1, s2, s1 * r2)
         return Chain(self.cols, (*last, *middle, *first))
+
+    @property
+    def native(self) -> Native | None:
+        return self._chain.native
 
     def matmul(self, x: Tensor, factors: Mapping[str, Factor], bias: Tensor | None = None) -> Tensor:
         return self._chain.run(x, factors, bias)

@@ -24,6 +24,7 @@ from compresskit.core.hosvd import hooi, leading_energies
 from compresskit.core.importance import Importance
 from compresskit.core.metric import Metric
 from compresskit.core.mixing import mix_operations, mix_orders, mix_steps
+from compresskit.core.native import Native
 from compresskit.core.registry import register
 from compresskit.core.structure import Factor, Structure, TensorSpec
 from compresskit.core.tucker_als import FoldedTucker
@@ -100,6 +101,10 @@ class TuckerTensor(Structure):
         core = LastAxis("core", 1, math.prod(self.col_ranks), math.prod(self.row_ranks))
         before = mix_steps(self.col_modes, self.col_ranks, "col_first", "col_last")
         return Chain(self.cols, (*before, core, *mix_steps(self.row_ranks, self.row_modes, "row_first", "row_last")))
+
+    @property
+    def native(self) -> Native | None:
+        return self._chain.native
 
     def matmul(self, x: Tensor, factors: Mapping[str, Factor], bias: Tensor | None = None) -> Tensor:
         return self._chain.run(x, factors, bias)
