@@ -53,7 +53,7 @@ class CalibrationError(CompresskitError, ValueError):
     """Calibration has no data to go by, met values that are not finite, or was made for another model."""
 
 
-class KernelError(CompresskitError, OSError):
+class KernelError(CompresskitError, RuntimeError):
     """The compiled kernel cannot be made here."""
 
 

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from compresskit.core import kron_gpu
 from compresskit.core.autograd import narrow, with_signature
 from compresskit.core.kron_form import KronForm
-from compresskit.core.native import kernel
 from compresskit.errors import StructureError
 
 PART_BYTES = 4 * 2**20
@@ -102,10 +101,6 @@ def _parts(x: Tensor, n: int, small: Tensor, wide: Tensor, bias: Tensor | None, 
     """The product: by a kernel of ours where one is quicker, else in parts of tokens where it is large."""
     if x.is_cuda and (found := kron_gpu.product(x, n, small, wide, bias, form)) is not None:
         return found
-    if kernel.ready():
-        found = kernel.chain(x, (wide, small) if form.wide_first else (small, wide), form.native_plan, bias)
-        if found is not None:
-            return found.view(n, form.p * form.r)
     step = _step(x, form.between)
     if n <= step:
         return _part(x, n, small, wide, bias, form, None)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import final
 
-from compresskit.core.native import Plan, first_axis, last_axis, swap
+from compresskit.core.native import Native, Plan, first_axis, last_axis, swap
 
 
 @final
@@ -38,11 +38,21 @@ class KronForm:
         return self.terms * (self.q * self.r if self.wide_first else self.p * self.s)
 
     @cached_property
-    def native_plan(self) -> Plan:
-        """The product (..., cols) -> (..., p * r) for the compiled kernel; its factors as the products come."""
+    def native(self) -> Native:
+        """The product (..., cols) -> (..., p * r) for the compiled kernel.
+
+        With one term factors are stored alike for both orders. On the way back the order that mixes the input spares a
+        wide product where p <= q: what is mixed is cheap to have again.
+        """
+        plan, factors = self._ordered(self.wide_first)
+        if self.terms > 1:
+            return Native(plan, factors)
+        return Native(plan, factors, *self._ordered(self.p > self.q))
+
+    def _ordered(self, wide_first: bool) -> tuple[Plan, tuple[str, str]]:
         p, q, r, s, k = self.p, self.q, self.r, self.s, self.terms
-        if self.wide_first:
-            products = (*last_axis(q, s, k * r), *first_axis(q * k, p, r))
+        if wide_first:
+            products, factors = (*last_axis(q, s, k * r), *first_axis(q * k, p, r)), ("wide", "small")
         else:
-            products = (*first_axis(q, p * k, s), *last_axis(p, k * s, r))
-        return products if self.small_left else (*swap(s, q), *products, *swap(p, r))
+            products, factors = (*first_axis(q, p * k, s), *last_axis(p, k * s, r)), ("small", "wide")
+        return products if self.small_left else (*swap(s, q), *products, *swap(p, r)), factors

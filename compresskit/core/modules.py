@@ -139,16 +139,22 @@ class FactorizedLinear(FactorizedModule):
             raise StructureError(
                 f"this layer takes (..., {structure.cols}) and got {tuple(shape)}: the last sizes must agree"
             )
-        if self._native is not None and kernel.ready() and (y := self._by_kernel(x, self._native)) is not None:
+        if self._native is not None and kernel.takes(x) and (y := self._by_kernel(x, self._native)) is not None:
             return y
         factors: dict[str, Factor] = {name: self._own(name) for name in self._factor_names}
         return structure.matmul(x, factors, self._own("bias"))
 
     def _by_kernel(self, x: Tensor, native: Native) -> Tensor | None:
         """The same by the compiled kernel, where no factor has to be called."""
-        plan, names = native
-        factors = [tensor for name in names if (tensor := plain_matrix(self._own(name))) is not None]
-        return kernel.chain(x, factors, plan, self._own("bias")) if len(factors) == len(names) else None
+        factors = [tensor for name in native.factors if (tensor := plain_matrix(self._own(name))) is not None]
+        if len(factors) < len(native.factors):
+            return None
+        return kernel.chain(x, factors, native, self._own("bias"), self._by_pytorch)
+
+    def _by_pytorch(self, x: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
+        """The same, of factors in the order of the kernel."""
+        assert self._native is not None
+        return self.structure.matmul(x, dict(zip(self._native.factors, factors, strict=True)), bias)
 
 
 @final

@@ -12,6 +12,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -32,6 +33,8 @@ constexpr int64_t BLOCK_ROWS = 192;         // of a large product: with less, mo
 constexpr int64_t GRAIN = 150000;           // multiply-adds that are worth another thread
 constexpr int64_t LARGE = 600000;           // multiply-adds of a token from which threads share each step if there are ...
 constexpr int64_t FEW_ROWS = 96;            // ... fewer rows for each: all would read all of the factors
+
+constexpr int64_t SUMS = 1 << 22;           // numbers of gradients of factors that all threads together may add up
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
@@ -213,45 +216,71 @@ void run(const Step& step, int64_t n, const float* x, float* y, const float* bia
   }
 }
 
-at::Tensor chain(const at::Tensor& x, at::TensorList factors, at::IntArrayRef plan, const std::optional<at::Tensor>& bias) {
+// A plan with its factors, and what is needed to run it
+struct Chain {
   std::vector<Step> steps;
-  std::vector<at::Tensor> held{x.contiguous()};
-  size_t used = 0;
-  int64_t last = -1;
-  for (size_t i = 0; i + 3 < plan.size(); i += 4) {
-    Step step{plan[i], plan[i + 1], plan[i + 2], plan[i + 3], nullptr};
-    TORCH_CHECK(step.kind >= LAST && step.kind <= SWAP, "compresskit: a step of kind ", step.kind);
-    if (step.kind != SWAP) {
-      TORCH_CHECK(used < factors.size(), "compresskit: more steps than factors");
-      const at::Tensor& factor = factors[used++];
-      const int64_t numbers = step.kind == LAST ? step.b * step.c : step.a * step.b;
-      TORCH_CHECK(factor.numel() == numbers && factor.scalar_type() == at::kFloat && factor.is_cpu(),
-                  "compresskit: a factor of ", numbers, " numbers in float32 is expected");
-      held.push_back(factor.contiguous());
-      step.factor = held.back().const_data_ptr<float>();
-      last = steps.size();
+  std::vector<at::Tensor> held;  // contiguous copies, or the tensors themselves
+  std::vector<int64_t> factor_of;  // of each step its factor's number, -1 without one
+  int64_t last = -1, cols, rows, macs = 0, groups = 1 << 20, numbers = 0;
+
+  Chain(at::TensorList factors, at::IntArrayRef plan) {
+    size_t used = 0;
+    for (size_t i = 0; i + 3 < plan.size(); i += 4) {
+      Step step{plan[i], plan[i + 1], plan[i + 2], plan[i + 3], nullptr};
+      TORCH_CHECK(step.kind >= LAST && step.kind <= SWAP, "compresskit: a step of kind ", step.kind);
+      factor_of.push_back(-1);
+      if (step.kind != SWAP) {
+        TORCH_CHECK(used < factors.size(), "compresskit: more steps than factors");
+        factor_of.back() = used;
+        const at::Tensor& factor = factors[used++];
+        const int64_t expected = step.kind == LAST ? step.b * step.c : step.a * step.b;
+        TORCH_CHECK(factor.numel() == expected && factor.scalar_type() == at::kFloat && factor.is_cpu(),
+                    "compresskit: a factor of ", expected, " numbers in float32 on the processor is expected");
+        held.push_back(factor.contiguous());
+        step.factor = held.back().const_data_ptr<float>();
+        last = steps.size();
+        macs += step.macs();
+        numbers += expected;
+        if (step.kind == LAST) groups = std::min(groups, step.a);
+      }
+      TORCH_CHECK(steps.empty() || steps.back().outs() == step.ins(), "compresskit: steps that do not fit");
+      steps.push_back(step);
     }
-    TORCH_CHECK(steps.empty() || steps.back().outs() == step.ins(), "compresskit: steps that do not fit");
-    steps.push_back(step);
+    TORCH_CHECK(last >= 0 && used == factors.size(), "compresskit: fewer steps than factors");
+    cols = steps.front().ins();
+    rows = steps.back().outs();
   }
-  TORCH_CHECK(last >= 0 && used == factors.size(), "compresskit: fewer steps than factors");
-  const int64_t cols = steps.front().ins(), rows = steps.back().outs();
-  TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_cpu() && x.dim() > 0 && x.size(-1) == cols,
-              "compresskit: (..., ", cols, ") in float32 is expected");
+
+  const float* take(const at::Tensor& x, int64_t width) {
+    TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_cpu() && x.dim() > 0 && x.size(-1) == width, "compresskit: (..., ",
+                width, ") in float32 on the processor is expected");
+    held.push_back(x.contiguous());
+    return held.back().const_data_ptr<float>();
+  }
+
+  // Whether threads share each step, and not the tokens
+  bool shared(int64_t n) const { return macs >= LARGE && n * groups < FEW_ROWS * at::get_num_threads(); }
+
+  int64_t block(int64_t n, int64_t between, int64_t most) const {
+    return std::min(n, std::max({int64_t(1), most / between, BLOCK_ROWS / groups}));
+  }
+};
+
+at::Tensor chain(const at::Tensor& x, at::TensorList factors, at::IntArrayRef plan, const std::optional<at::Tensor>& bias) {
+  Chain made(factors, plan);
+  const std::vector<Step>& steps = made.steps;
+  const int64_t cols = made.cols, rows = made.rows, last = made.last;
+  const float* from = made.take(x, cols);
   at::DimVector shape(x.sizes().begin(), x.sizes().end());
   shape.back() = rows;
   at::Tensor y = at::empty(shape, x.options());
   const int64_t n = x.numel() / cols;
-  const float* from = held.front().const_data_ptr<float>();
   float* to = y.mutable_data_ptr<float>();
 
   std::vector<float> swapped;
   const float* added = nullptr;
   if (bias) {
-    TORCH_CHECK(bias->numel() == rows && bias->scalar_type() == at::kFloat && bias->is_cpu(),
-                "compresskit: a bias of ", rows, " numbers in float32 is expected");
-    held.push_back(bias->contiguous());
-    added = held.back().const_data_ptr<float>();
+    added = made.take(*bias, rows);
     for (size_t i = steps.size() - 1; i > size_t(last); --i) {
       std::vector<float> other(rows);
       swap(added, other.data(), steps[i].b, steps[i].a);
@@ -259,16 +288,10 @@ at::Tensor chain(const at::Tensor& x, at::TensorList factors, at::IntArrayRef pl
       added = swapped.data();
     }
   }
-
-  int64_t macs = 0, between = 1, groups = 1 << 20;
-  for (size_t i = 0; i < steps.size(); ++i) {
-    macs += steps[i].macs();
-    if (i + 1 < steps.size()) between = std::max(between, steps[i].outs());
-    if (steps[i].kind == LAST) groups = std::min(groups, steps[i].a);
-  }
-  const int64_t block = std::min(n, std::max({int64_t(1), BLOCK_NUMBERS / between, BLOCK_ROWS / groups}));
-  const bool shared = macs >= LARGE && n * groups < FEW_ROWS * at::get_num_threads();
-  const int64_t grain = shared ? n : std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, macs));
+  int64_t between = 1;
+  for (size_t i = 0; i + 1 < steps.size(); ++i) between = std::max(between, steps[i].outs());
+  const int64_t block = made.block(n, between, BLOCK_NUMBERS);
+  const int64_t grain = made.shared(n) ? n : std::max<int64_t>(1, GRAIN / made.macs);
 
   at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
     thread_local std::vector<float> scratch;
@@ -287,16 +310,159 @@ at::Tensor chain(const at::Tensor& x, at::TensorList factors, at::IntArrayRef pl
   return y;
 }
 
-at::Tensor chain_meta(const at::Tensor& x, at::TensorList factors, at::IntArrayRef plan, const std::optional<at::Tensor>&) {
-  const size_t i = plan.size() - 4;
-  c10::SymDimVector shape(x.sym_sizes().begin(), x.sym_sizes().end());
-  shape.back() = Step{plan[i], plan[i + 1], plan[i + 2], plan[i + 3], nullptr}.outs();
-  return at::empty_symint(shape, x.options());
+// sums (outs, ins) += sum over n tokens of g (outs, width) @ x (ins, width).T, for ROWS x COLS of the sums
+template <int ROWS, int COLS>
+void contract_tile(int64_t n, const float* g, int64_t g_step, const float* x, int64_t x_step, int64_t width, float* sums,
+                   int64_t ins) {
+  Lanes total[ROWS][COLS] = {};
+  float rest[ROWS][COLS] = {};
+  for (int64_t t = 0; t < n; ++t, g += g_step, x += x_step) {
+    int64_t c = 0;
+    for (; c + LANES <= width; c += LANES) {
+      Lanes right[COLS];
+      for (int j = 0; j < COLS; ++j) right[j] = *(const Lanes*)(x + j * width + c);
+      for (int i = 0; i < ROWS; ++i) {
+        const Lanes left = *(const Lanes*)(g + i * width + c);
+        for (int j = 0; j < COLS; ++j) total[i][j] += left * right[j];
+      }
+    }
+    for (; c < width; ++c)
+      for (int i = 0; i < ROWS; ++i)
+        for (int j = 0; j < COLS; ++j) rest[i][j] += g[i * width + c] * x[j * width + c];
+  }
+  for (int i = 0; i < ROWS; ++i)
+    for (int j = 0; j < COLS; ++j) {
+      float sum = rest[i][j];
+      for (int l = 0; l < LANES; ++l) sum += total[i][j][l];
+      sums[i * ins + j] += sum;
+    }
+}
+
+template <int ROWS>
+void contract_rows(int64_t n, const float* g, int64_t g_step, const float* x, int64_t x_step, int64_t width, float* sums,
+                   int64_t ins) {
+  int64_t j = 0;
+  for (; j + 4 <= ins; j += 4) contract_tile<ROWS, 4>(n, g, g_step, x + j * width, x_step, width, sums + j, ins);
+  for (; j + 2 <= ins; j += 2) contract_tile<ROWS, 2>(n, g, g_step, x + j * width, x_step, width, sums + j, ins);
+  for (; j < ins; ++j) contract_tile<ROWS, 1>(n, g, g_step, x + j * width, x_step, width, sums + j, ins);
+}
+
+// Gradient of the factor of a step: sums += what n tokens give
+void add_factor_gradient(const Step& step, int64_t n, const float* g, const float* x, float* sums) {
+  if (step.kind == LAST) {
+    const int m = step.b, k = n * step.a, o = step.c;
+    const float one = 1;
+    sgemm_("N", "T", &m, &o, &k, &one, x, &m, g, &o, &one, sums, &m);
+    return;
+  }
+  const int64_t ins = step.a, outs = step.b, width = step.c;
+  constexpr int ROWS = REGISTERS / 4;
+  int64_t i = 0;
+  for (; i + ROWS <= outs; i += ROWS)
+    contract_rows<ROWS>(n, g + i * width, outs * width, x, ins * width, width, sums + i * ins, ins);
+  for (; i < outs; ++i) contract_rows<1>(n, g + i * width, outs * width, x, ins * width, width, sums + i * ins, ins);
+}
+
+// Gradient of what came into a step; `turned` is the factor transposed, of steps of the first axis
+void input_gradient(const Step& step, int64_t n, const float* g, const float* turned, float* x) {
+  if (step.kind == LAST) {
+    const int m = step.b, k = n * step.a, o = step.c;
+    const float one = 1, zero = 0;
+    sgemm_("N", "N", &m, &k, &o, &one, step.factor, &m, g, &o, &zero, x, &m);
+  } else if (step.kind == FIRST) {
+    run(Step{FIRST, step.b, step.a, step.c, turned}, n, g, x, nullptr);
+  } else {
+    run(Step{SWAP, step.b, step.a, 0, nullptr}, n, g, x, nullptr);
+  }
+}
+
+// Gradients of input, bias and factors; those that are not needed are empty
+std::vector<at::Tensor> chain_backward(const at::Tensor& grad, const at::Tensor& x, at::TensorList factors,
+                                       at::IntArrayRef plan, at::IntArrayRef needs) {
+  Chain made(factors, plan);
+  const std::vector<Step>& steps = made.steps;
+  const int64_t count_steps = steps.size(), cols = made.cols, rows = made.rows;
+  TORCH_CHECK(needs.size() == factors.size() + 2, "compresskit: needs of input, bias and factors are expected");
+  const float *from = made.take(x, cols), *upstream = made.take(grad, rows);
+  const int64_t n = x.numel() / cols;
+  TORCH_CHECK(grad.numel() == n * rows, "compresskit: a gradient of ", n, " tokens is expected");
+  const int threads = at::get_num_threads();
+
+  int64_t lowest = needs[0] ? 0 : count_steps, highest = 0;  // steps that the way back reaches, and the way there
+  for (int64_t i = 0; i < count_steps; ++i)
+    if (made.factor_of[i] >= 0 && needs[2 + made.factor_of[i]]) lowest = std::min(lowest, i), highest = i;
+  std::vector<int64_t> places(count_steps + 1, 0);  // of what comes into each step, for one token
+  int64_t between = 0, most = 1;
+  for (int64_t i = 0; i < count_steps; ++i) {
+    places[i] = between;
+    if (i > 0 && i <= highest) between += steps[i].ins();
+    if (i > 0) most = std::max(most, steps[i].ins());
+  }
+  const bool shared = n * made.groups < FEW_ROWS * threads || made.numbers * threads > SUMS;
+  const int64_t block = made.block(n, std::max<int64_t>(1, between + 2 * most), shared ? 16 * BLOCK_NUMBERS : 2 * BLOCK_NUMBERS);
+  const int64_t grain = shared ? std::max<int64_t>(1, n) : std::max<int64_t>(1, GRAIN / (3 * made.macs));
+
+  std::vector<std::vector<float>> turned(count_steps);
+  for (int64_t i = 0; i < count_steps; ++i)
+    if (steps[i].kind == FIRST) {
+      turned[i].resize(steps[i].a * steps[i].b);
+      swap(steps[i].factor, turned[i].data(), steps[i].b, steps[i].a);
+    }
+  std::vector<int64_t> offsets(factors.size() + 1, 0);
+  for (size_t f = 0; f < factors.size(); ++f) offsets[f + 1] = offsets[f] + (needs[2 + f] ? factors[f].numel() : 0);
+  const int64_t bias_at = offsets.back(), size = bias_at + (needs[1] ? rows : 0);
+
+  at::Tensor x_grad = at::empty(needs[0] ? x.sizes() : at::IntArrayRef{0}, x.options());
+  float* to = x_grad.mutable_data_ptr<float>();
+  const int sums_of = shared || n <= grain ? 1 : threads;
+  at::Tensor sums = at::zeros({sums_of, size}, x.options());
+  float* all = sums.mutable_data_ptr<float>();
+
+  at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    float* own = all + (sums_of == 1 ? 0 : at::get_thread_num() * size);
+    thread_local std::vector<float> scratch;
+    const size_t wanted = block * (between + 2 * most);
+    if (scratch.size() < wanted) scratch.resize(wanted);
+    float* halves[2] = {scratch.data() + block * between, scratch.data() + block * (between + most)};
+    for (int64_t t = begin; t < end; t += block) {
+      const int64_t count = std::min(block, end - t);
+      const auto into = [&](int64_t i) { return i == 0 ? from + t * cols : scratch.data() + block * places[i]; };
+      for (int64_t i = 0; i < highest; ++i)
+        run(steps[i], count, into(i), scratch.data() + block * places[i + 1], nullptr);
+      const float* g = upstream + t * rows;
+      if (needs[1])
+        for (int64_t k = 0; k < count; ++k)
+          for (int64_t c = 0; c < rows; ++c) own[bias_at + c] += g[k * rows + c];
+      for (int64_t i = count_steps - 1; i >= lowest; --i) {
+        const int64_t factor = made.factor_of[i];
+        if (factor >= 0 && needs[2 + factor]) add_factor_gradient(steps[i], count, g, into(i), own + offsets[factor]);
+        if (i == lowest && !(needs[0] && i == 0)) break;
+        float* out = i == 0 ? to + t * cols : halves[i % 2];
+        input_gradient(steps[i], count, g, turned[i].data(), out);
+        g = out;
+      }
+    }
+  });
+  if (sums_of > 1) sums = sums.sum(0);
+  sums = sums.view({size});
+  std::vector<at::Tensor> found{x_grad, needs[1] ? sums.narrow(0, bias_at, rows) : at::empty({0}, x.options())};
+  for (size_t f = 0; f < factors.size(); ++f)
+    found.push_back(needs[2 + f] ? sums.narrow(0, offsets[f], factors[f].numel()).view(factors[f].sizes())
+                                 : at::empty({0}, x.options()));
+  return found;
 }
 
 }  // namespace
 
-TORCH_LIBRARY(compresskit, m) { m.def("chain(Tensor x, Tensor[] factors, int[] plan, Tensor? bias) -> Tensor"); }
-TORCH_LIBRARY_IMPL(compresskit, CPU, m) { m.impl("chain", &chain); }
-TORCH_LIBRARY_IMPL(compresskit, Meta, m) { m.impl("chain", &chain_meta); }
-TORCH_LIBRARY_IMPL(compresskit, Autograd, m) { m.impl("chain", torch::CppFunction::makeFallthrough()); }
+TORCH_LIBRARY(compresskit, m) {
+  m.def("chain(Tensor x, Tensor[] factors, int[] plan, Tensor? bias) -> Tensor");
+  m.def("chain_backward(Tensor grad, Tensor x, Tensor[] factors, int[] plan, int[] needs) -> Tensor[]");
+}
+TORCH_LIBRARY_IMPL(compresskit, CPU, m) {
+  m.impl("chain", &chain);
+  m.impl("chain_backward", &chain_backward);
+}
+TORCH_LIBRARY_IMPL(compresskit, Autograd, m) {
+  m.impl("chain", torch::CppFunction::makeFallthrough());
+  m.impl("chain_backward", torch::CppFunction::makeFallthrough());
+}

@@ -1,12 +1,14 @@
-"""Chains of small products on a processor by a compiled kernel, where `build_kernels` has made one for this machine.
+"""Layers on a processor by a compiled kernel, where `build_kernels` has made one for this machine.
 
-PyTorch needs a call, a meeting of all threads and a pass over memory for each product of a chain; the kernel
+PyTorch needs a call, a meeting of all threads and a pass over memory for each product of a layer; the kernel
 (`native.cpp`) does all of them for some tokens at a time, each thread alone, with what lies between in its cache. It
-computes in float32 and without gradients: forward passes, also those of training. Everything else is PyTorch's.
+computes in float32, forward and backward. Everything else is PyTorch's: other types and devices, compilers, exports.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, final
 
@@ -16,8 +18,32 @@ from torch import Tensor
 Plan = tuple[int, ...]
 """Steps of a chain as the kernel reads them, four numbers each: see `last_axis`, `first_axis` and `swap`."""
 
-Native = tuple[Plan, tuple[str, ...]]
-"""A plan, and the names of the factors in the order of its steps."""
+
+@final
+@dataclass(frozen=True)
+class Native:
+    """How the kernel does the products of a structure.
+
+    Args:
+        plan: the steps.
+        factors: names of the factors in their order.
+        backward: steps that give the same with less to compute again on the way back; None: PyTorch trains the layer.
+        backward_factors: names in the order of these.
+    """
+
+    plan: Plan
+    factors: tuple[str, ...]
+    backward: Plan | None = None
+    backward_factors: tuple[str, ...] = ()
+
+    @cached_property
+    def order(self) -> tuple[int, ...]:
+        """Of each factor of the way back, its place in `factors`."""
+        return tuple(self.factors.index(name) for name in self.backward_factors)
+
+
+Product = Callable[..., Tensor]
+"""`product(x, bias, *factors)` by PyTorch."""
 
 
 def last_axis(groups: int, ins: int, outs: int) -> Plan:
@@ -42,7 +68,7 @@ class Kernel:
     def __init__(self) -> None:
         self.allowed = True
         """`use_kernels` says so."""
-        self._op: Any = None
+        self._ops: Any = None
         self._looked = False
 
     @property
@@ -55,7 +81,7 @@ class Kernel:
             self._looked = True
             if path.is_file():
                 self.load(path)
-        return self._op is not None
+        return self._ops is not None
 
     def load(self, path: Path) -> None:
         """Take the kernel from a file that `build_kernels` made; where that fails, PyTorch goes on computing.
@@ -68,35 +94,82 @@ class Kernel:
             except OSError as error:
                 warnings.warn(f"layers run without the compiled kernel, which cannot be loaded: {error}", stacklevel=2)
                 return
-        self._op, self._looked = torch.ops.compresskit.chain.default, True
+        ops = torch.ops.compresskit
+        self._ops, self._looked = (ops.chain.default, ops.chain_backward.default), True
 
-    def ready(self) -> bool:
-        """Whether it may compute now: not where PyTorch has to derive or a compiler looks on."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.allowed:
+    def takes(self, x: Tensor) -> bool:
+        """Whether it may compute from this input now: not where a compiler, a transformation or a mode looks on."""
+        if (
+            torch.compiler.is_compiling()
+            or not self.allowed
+            or (self._ops is None and (self._looked or not self.loaded))
+        ):
             return False
-        return self._op is not None or (not self._looked and self.loaded)
+        if x.dtype is not torch.float32 or not x.is_cpu or type(x) is not Tensor:
+            return False
+        return not (torch.is_autocast_enabled("cpu") or torch._C._get_tracing_state() is not None or _is_watched())
 
-    def chain(self, x: Tensor, factors: Sequence[Tensor], plan: Plan, bias: Tensor | None) -> Tensor | None:
-        """x (..., cols) -> (..., rows) by the steps of a plan, plus bias; None where PyTorch has to.
-
-        Only when `ready`.
+    def chain(
+        self, x: Tensor, factors: Sequence[Tensor], native: Native, bias: Tensor | None, product: Product
+    ) -> Tensor | None:
+        """x (..., cols) -> (..., rows), plus bias, for an x that it `takes`; None where PyTorch trains the layer.
 
         Args:
             factors: plain tensors of the type and on the device of x, in the order of the steps.
+            product: the same by PyTorch, for derivatives of derivatives.
 
         Raises:
-            RuntimeError: they are of another.
+            RuntimeError: they are of another type or on another device.
         """
-        if x.dtype is not torch.float32 or not x.is_cpu or type(x) is not Tensor:
-            return None
-        if torch.is_autocast_enabled("cpu") or torch._C._get_tracing_state() is not None or _is_watched():
-            return None
-        y: Tensor = self._op(x, factors, plan, bias)
+        y: Tensor
+        if torch.is_grad_enabled() and (
+            x.requires_grad or any(f.requires_grad for f in factors) or (bias is not None and bias.requires_grad)
+        ):
+            if native.backward is None:
+                return None
+            y = _Chain.apply(self._ops, native, product, x, bias, *factors)  # type: ignore[no-untyped-call]
+        else:
+            y = self._ops[0](x, factors, native.plan, bias)
         return y
 
 
 kernel = Kernel()
 """That of this process."""
+
+
+class _Chain(torch.autograd.Function):
+    """A chain that keeps its input and its factors, and computes the rest again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, ops: Any, native: Native, product: Product, x: Tensor, bias: Tensor | None, *factors: Tensor
+    ) -> Tensor:
+        ctx.ops, ctx.native, ctx.product = ops, native, product
+        ctx.save_for_backward(x, bias, *factors)
+        y: Tensor = ops[0](x, factors, native.plan, bias)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, bias, *factors = ctx.saved_tensors
+        needs = ctx.needs_input_grad[3:]
+        if torch.is_grad_enabled() or grad.dtype is not torch.float32 or _is_watched():
+            return None, None, None, *_derived(ctx.product, grad, (x, bias, *factors), needs)
+        order = ctx.native.order
+        turned = [factors[i] for i in order]
+        wanted = (*needs[:2], *(needs[2 + i] for i in order))
+        found = ctx.ops[1](grad, x, turned, ctx.native.backward, wanted)
+        gradients = [*found[:2], *(found[2 + order.index(i)] for i in range(len(order)))]
+        return None, None, None, *(value if need else None for value, need in zip(gradients, needs, strict=True))
+
+
+def _derived(product: Product, grad: Tensor, inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Any]:
+    """Gradients by PyTorch, which can be differentiated again where that is wanted."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need and tensor is not None]
+        found = iter(torch.autograd.grad(product(*inputs), wanted, grad, create_graph=again))
+    return [next(found) if need else None for need in needs]
 
 
 def _is_watched() -> bool:

@@ -157,9 +157,7 @@ class KroneckerSum(Structure):
 
     @property
     def native(self) -> Native | None:
-        if self.rows != self.small[0] * self.wide[0]:
-            return None
-        return self._form.native_plan, ("wide", "small") if self.wide_first else ("small", "wide")
+        return self._form.native if self.rows == self.small[0] * self.wide[0] else None
 
     def matmul(self, x: Tensor, factors: Mapping[str, Factor], bias: Tensor | None = None) -> Tensor:
         small, wide = plain_matrix(factors["small"]), plain_matrix(factors["wide"])

@@ -13,7 +13,7 @@ from tests.cli.conftest import Cli
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COMPRESSKIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(kernel, "_op", None)
+    monkeypatch.setattr(kernel, "_ops", None)
     monkeypatch.setattr(kernel, "_looked", False)
     native_build.library_path.cache_clear()
     yield tmp_path / "cache"

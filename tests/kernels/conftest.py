@@ -18,25 +18,28 @@ def kernel_folder(tmp_path_factory):
         patch.setenv("COMPRESSKIT_CACHE", str(folder))
         native_build.library_path.cache_clear()
         native_build.build_kernels()
-        op = kernel._op
+        ops = kernel._ops
     native_build.library_path.cache_clear()
-    kernel._op = None
-    return folder, op
+    kernel._ops = None
+    return folder, ops
 
 
 @pytest.fixture
 def native(kernel_folder, monkeypatch):
-    """Counts what the kernel computes."""
-    folder, op = kernel_folder
+    """The names of what the kernel computes, one after the other."""
+    folder, ops = kernel_folder
     monkeypatch.setenv("COMPRESSKIT_CACHE", str(folder))
     native_build.library_path.cache_clear()
     calls = []
 
-    def counted(*given):
-        calls.append(given)
-        return op(*given)
+    def counted(name, op):
+        def call(*given):
+            calls.append(name)
+            return op(*given)
 
-    monkeypatch.setattr(kernel, "_op", counted)
+        return call
+
+    monkeypatch.setattr(kernel, "_ops", tuple(map(counted, ("forward", "backward"), ops)))
     monkeypatch.setattr(kernel, "_looked", True)
     yield calls
     native_build.library_path.cache_clear()
@@ -47,7 +50,7 @@ def no_kernel(tmp_path, monkeypatch):
     """An empty cache, and a process that has not looked into it."""
     monkeypatch.setenv("COMPRESSKIT_CACHE", str(tmp_path / "cache"))
     native_build.library_path.cache_clear()
-    monkeypatch.setattr(kernel, "_op", None)
+    monkeypatch.setattr(kernel, "_ops", None)
     monkeypatch.setattr(kernel, "_looked", False)
     yield tmp_path / "cache"
     native_build.library_path.cache_clear()
