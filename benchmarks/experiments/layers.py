@@ -20,6 +20,8 @@ from benchmarks.experiments import Experiment, Outcome, SuiteError
 from benchmarks.memory import keep_memory
 from benchmarks.timing import interleave, median_ratio, timed_block
 
+WAYS = ("pytorch", "compiled")
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +38,13 @@ class Layers(Experiment):
         mode: `eager`, or `compile` for torch.compile(fullgraph=True).
         memory: `system`: as the C library does, which hands large blocks back and gets fresh pages for each call;
             `kept`: freed memory is kept, as by the allocators that PyTorch recommends for servers (glibc only).
+        kernel: `pytorch`: layers run by PyTorch's operations. `compiled`: by our compiled kernel, and in the same
+            rounds, as `plain`, without it.
         repeats: rounds; the figures are their medians.
     """
 
     kind: ClassVar[str] = "layers"
+    later: ClassVar[tuple[str, ...]] = ("kernel",)
 
     method: str
     shape: str
@@ -49,9 +54,22 @@ class Layers(Experiment):
     dtype: str = "float32"
     mode: str = "eager"
     memory: str = "kept"
+    kernel: str = "pytorch"
     repeats: int = 7
 
     def run(self, data: Path | None) -> Outcome:
+        import compresskit
+
+        if self.kernel not in WAYS:
+            raise SuiteError(f"{self.kind}: kernel is {' or '.join(WAYS)}, got {self.kernel!r}")
+        if self.kernel == "compiled":
+            compresskit.build_kernels()
+            with compresskit.use_kernels("auto"):
+                return self._run()
+        with compresskit.use_kernels("pytorch"):
+            return self._run()
+
+    def _run(self) -> Outcome:
         import torch
 
         skipped = keep_memory() if self.memory == "kept" else {}
@@ -67,16 +85,20 @@ class Layers(Experiment):
                 "kept": _kept_bytes(layer, self._input(dense, 128)) / _kept_bytes(dense, self._input(dense, 128)),
                 "forward": {},
                 "step": {},
+                **({"plain": {"forward": {}, "step": {}}} if self.kernel == "compiled" else {}),
             }
             for name, layer in layers.items()
         }
         floors: dict[str, dict[str, float]] = {"forward": {}, "step": {}}
 
         def measure(kind: str, tasks: dict[str, Callable[[], float]], count: int) -> None:
-            times = interleave(tasks, self.repeats, collect=False)
+            plain = {f"{name} plain": _plain(tasks[name]) for name in layers if self.kernel == "compiled"}
+            times = interleave({**tasks, **plain}, self.repeats, collect=False)
             floors[kind][str(count)] = median_ratio(times["dense"], times["floor"])
             for name in layers:
                 figures[name][kind][str(count)] = median_ratio(times["dense"], times[name])
+                if plain:
+                    figures[name]["plain"][kind][str(count)] = median_ratio(times["dense"], times[f"{name} plain"])
 
         for count in self.tokens:
             with torch.inference_mode():
@@ -141,12 +163,26 @@ class Layers(Experiment):
         return {
             "method": configuration["method"],
             "shape": configuration["shape"],
-            "how": f"{configuration['dtype']}, {configuration['mode']}, {configuration['memory']} memory",
+            "how": ", ".join(
+                [configuration["dtype"], configuration["mode"], f"{configuration['memory']} memory"]
+                + ["compiled kernel"] * (configuration.get("kernel") == "compiled")
+            ),
             "structures": str(len(found)),
             **shares,
             "slower than dense at": ", ".join(f"{count}: {n}" for count, n in slower.items() if n) or "none",
             "kept / dense": f"{max(f['kept'] for f in found):.2f}",
         }
+
+
+def _plain(task: Callable[[], float]) -> Callable[[], float]:
+    """The same without our compiled kernel."""
+    import compresskit
+
+    def run() -> float:
+        with compresskit.use_kernels("pytorch"):
+            return task()
+
+    return run
 
 
 def _possible(floor: float, limit: float) -> float:

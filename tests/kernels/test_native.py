@@ -96,7 +96,9 @@ def gradients(layer, x, upstream, wanted=None):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("structure", [s for s in KRONECKER if s.terms == 1 and s.native], ids=str)
+@pytest.mark.parametrize(
+    "structure", [s for s in KRONECKER if s.terms == 1 and s.native and s.small != (1, 1)], ids=str
+)
 def test_gradients_are_exact(structure, threads, native):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
