@@ -13,6 +13,12 @@ from benchmarks.experiments import ExperimentSkipped, nearest
 
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "bert-base": {},  # the defaults of BertConfig
+    "minilm-l6": {
+        "hidden_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 12,
+        "intermediate_size": 1536,
+    },
     "tiny": {
         "vocab_size": 512,
         "hidden_size": 64,

@@ -14,6 +14,8 @@ from benchmarks.machine import ROOT, peak_memory_bytes
 
 BLOCK_S = 0.002
 """A block's figure is the mean of as many calls as fill this time, at least one."""
+WAYS = ("pytorch", "compiled")
+"""What runs our layers on a processor: PyTorch's operations, or our compiled kernel."""
 
 
 def time_call(call: Callable[[], object]) -> float:
@@ -100,3 +102,30 @@ def rounded(figures: Any) -> Any:
     if isinstance(figures, Mapping):
         return {key: rounded(value) for key, value in figures.items()}
     return [rounded(value) for value in figures] if isinstance(figures, list | tuple) else figures
+
+
+def build_kernel() -> None:
+    """Compile our kernel unless it is there.
+
+    Raises:
+        ExperimentSkipped: that is impossible here.
+    """
+    import compresskit
+    from benchmarks.experiments import ExperimentSkipped
+    from compresskit.errors import KernelError
+
+    try:
+        compresskit.build_kernels()
+    except KernelError as error:
+        raise ExperimentSkipped(str(error)) from error
+
+
+def without_kernel(task: Callable[[], float]) -> Callable[[], float]:
+    """The same without our compiled kernel."""
+    import compresskit
+
+    def run() -> float:
+        with compresskit.use_kernels("pytorch"):
+            return task()
+
+    return run

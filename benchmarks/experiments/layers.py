@@ -18,9 +18,7 @@ from typing import Any, ClassVar, Literal, final
 
 from benchmarks.experiments import Experiment, Outcome, SuiteError
 from benchmarks.memory import keep_memory
-from benchmarks.timing import interleave, median_ratio, timed_block
-
-WAYS = ("pytorch", "compiled")
+from benchmarks.timing import WAYS, build_kernel, interleave, median_ratio, timed_block, without_kernel
 
 
 @final
@@ -63,7 +61,7 @@ class Layers(Experiment):
         if self.kernel not in WAYS:
             raise SuiteError(f"{self.kind}: kernel is {' or '.join(WAYS)}, got {self.kernel!r}")
         if self.kernel == "compiled":
-            compresskit.build_kernels()
+            build_kernel()
             with compresskit.use_kernels("auto"):
                 return self._run()
         with compresskit.use_kernels("pytorch"):
@@ -92,7 +90,7 @@ class Layers(Experiment):
         floors: dict[str, dict[str, float]] = {"forward": {}, "step": {}}
 
         def measure(kind: str, tasks: dict[str, Callable[[], float]], count: int) -> None:
-            plain = {f"{name} plain": _plain(tasks[name]) for name in layers if self.kernel == "compiled"}
+            plain = {f"{name} plain": without_kernel(tasks[name]) for name in layers if self.kernel == "compiled"}
             times = interleave({**tasks, **plain}, self.repeats, collect=False)
             floors[kind][str(count)] = median_ratio(times["dense"], times["floor"])
             for name in layers:
@@ -172,17 +170,6 @@ class Layers(Experiment):
             "slower than dense at": ", ".join(f"{count}: {n}" for count, n in slower.items() if n) or "none",
             "kept / dense": f"{max(f['kept'] for f in found):.2f}",
         }
-
-
-def _plain(task: Callable[[], float]) -> Callable[[], float]:
-    """The same without our compiled kernel."""
-    import compresskit
-
-    def run() -> float:
-        with compresskit.use_kernels("pytorch"):
-            return task()
-
-    return run
 
 
 def _possible(floor: float, limit: float) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, final
 
 from benchmarks.experiments import Experiment, Outcome, SuiteError
-from benchmarks.timing import interleave, median_ratio
+from benchmarks.timing import WAYS, build_kernel, interleave, median_ratio, without_kernel
 
 TARGET, TARGET_RATIO = 0.7, 19
 """Share of the way from dense to the floor that is to be won at this ratio, at bert-base shapes."""
@@ -44,10 +44,13 @@ class ModelSpeed(Experiment):
         batches: texts at a time.
         tokens: of each text.
         device, dtype: where and in which type the forward passes run; fitting is done there too, in float32.
+        kernel: `pytorch`: layers run by PyTorch's operations. `compiled`: by our compiled kernel for processors, and in
+            the same rounds, as `plain`, without it.
         repeats: rounds; the figures are their medians.
     """
 
     kind: ClassVar[str] = "model-speed"
+    later: ClassVar[tuple[str, ...]] = ("kernel",)
 
     model: str
     shape: str = "bert-base"
@@ -55,9 +58,22 @@ class ModelSpeed(Experiment):
     tokens: int = 128
     device: str = "cpu"
     dtype: str = "float32"
+    kernel: str = WAYS[0]
     repeats: int = 15
 
     def run(self, data: Path | None) -> Outcome:
+        import compresskit
+
+        if self.kernel not in WAYS:
+            raise SuiteError(f"{self.kind}: kernel is {' or '.join(WAYS)}, got {self.kernel!r}")
+        if self.kernel == "pytorch" and self.device == "cpu":
+            with compresskit.use_kernels("pytorch"):
+                return self._run()
+        if self.kernel == "compiled":
+            build_kernel()
+        return self._run()
+
+    def _run(self) -> Outcome:
         from benchmarks.devices import device_name, find_device, find_dtype
         from benchmarks.floors import without_linear_layers
         from benchmarks.models import build_bert
@@ -79,6 +95,8 @@ class ModelSpeed(Experiment):
                 [d - f for d, f in zip(times["dense"], times["floor"], strict=True)],
             )
             figures[f"batch_{batch}"] = {"time_ratio": ours, "floor_ratio": floor, "won": won, "times_s": times}
+            if "plain" in times:
+                figures[f"batch_{batch}"]["plain_ratio"] = median_ratio(times["plain"], times["dense"])
         return Outcome(figures)
 
     def _compress(self, model: Any) -> Any:
@@ -106,6 +124,8 @@ class ModelSpeed(Experiment):
 
         with torch.inference_mode():
             tasks = {name: timed(forward(model), device) for name, model in models.items()}
+            if self.kernel == "compiled":
+                tasks["plain"] = without_kernel(tasks["compressed"])
             for task in tasks.values():
                 task()  # the first pass of a process is no measure
             return interleave(tasks, self.repeats)
@@ -114,6 +134,8 @@ class ModelSpeed(Experiment):
     def row(cls, configuration: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[str, str]:
         row = {
             "model": configuration["model"],
+            "shape": f"{configuration['shape']}, {configuration['tokens']} tokens",
+            "kernel": configuration.get("kernel", WAYS[0]),
             "ratio": f"{figures['ratio']:.2f}",
             "fewer multiply-adds": f"{figures['macs_ratio']:.2f}",
         }
@@ -122,6 +144,8 @@ class ModelSpeed(Experiment):
             of = figures[f"batch_{batch}"]
             verdict = f" (≥ {TARGET:.0%} {'yes' if of['won'] >= TARGET else 'NO'})" if aimed else ""
             where = f"batch {batch}"
+            if "plain_ratio" in of:
+                row |= {f"time / dense by PyTorch, {where}": f"{of['plain_ratio']:.3f}"}
             row |= {f"time / dense, {where}": f"{of['time_ratio']:.3f}", f"floor, {where}": f"{of['floor_ratio']:.3f}"}
             row |= {f"of the way won, {where}": f"{of['won']:.0%}{verdict}"}
         return row

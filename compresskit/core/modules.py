@@ -146,6 +146,8 @@ class FactorizedLinear(FactorizedModule):
 
     def _by_kernel(self, x: Tensor, native: Native) -> Tensor | None:
         """The same by the compiled kernel, where no factor has to be called."""
+        if native.backward is None and torch.is_grad_enabled():
+            return None
         factors = [tensor for name in native.factors if (tensor := plain_matrix(self._own(name))) is not None]
         if len(factors) < len(native.factors):
             return None
