@@ -219,7 +219,7 @@ def taught_rows(results):
         key = (TASKS.index(configuration["task"]), configuration["ratio"], not longer)
         row = found.setdefault(key, {"metric": primary, "teacher": figures["teacher"][primary]})
         options = (figures.get("compress") or {}).get("options", {})
-        full = options.get("full_rank") or "compress.options.full_rank=true" in configuration["settings"]
+        full = bool(options.get("full_rank")) or "compress.options.full_rank=true" in configuration["settings"]
         row[configuration["preset"] + ", full rank" * full] = (
             f"{figures['metrics'][primary]:.3f} ({figures['kept']:.1%})"
         )

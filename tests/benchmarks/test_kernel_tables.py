@@ -1,0 +1,53 @@
+"""The tables of what the compiled kernel gains, in benchmarks/README.md, are those of the committed results."""
+
+import statistics
+
+from tests.benchmarks.test_readme_tables import line_of, results_of, rows_below
+
+NAMES = {"kronecker": "Kronecker", "svd": "SVD", "tucker": "Tucker", "tensor-train": "tensor train"}
+COLUMNS = (("forward", "1"), ("forward", "16"), ("forward", "128"), ("forward", "1024"), ("step", "128"))
+
+
+def compiled(suite):
+    return [result for result in results_of(suite) if result["configuration"].get("kernel") == "compiled"]
+
+
+def layer_row(result):
+    """Median share of the limit by PyTorch and by the kernel, and the kernel's worst."""
+    configuration, structures = result["configuration"], result["figures"]["structures"].values()
+    cells = [f"{NAMES[configuration['method']]} {configuration['shape'].replace('x', ' x ')} ({len(structures)})"]
+    for kind, count in COLUMNS:
+        plain, ours = ([of[kind][count] / s["limit"] for s in structures for of in (way(s),)] for way in WAYS)
+        cells.append(f"{statistics.median(plain):.2f} → {statistics.median(ours):.2f} ({min(ours):.2f})")
+    slower = []
+    for count in ("1", "16", "128", "1024"):
+        plain, ours = (sum(s["limit"] > 1 > way(s)["forward"][count] for s in structures) for way in WAYS)
+        slower += [f"{count}: {plain} → {ours}"] * (plain + ours > 0)
+    return line_of([*cells, ", ".join(slower) or "none"])
+
+
+WAYS = (lambda structure: structure["plain"], lambda structure: structure)
+
+
+def model_rows(results):
+    """One row for each model and length: time / dense by PyTorch and by the kernel, of the floor in brackets."""
+    found = {}
+    for result in results:
+        configuration, figures = result["configuration"], result["figures"]
+        row = found.setdefault((configuration["shape"], configuration["tokens"], configuration["model"]), [])
+        for batch in configuration["batches"]:
+            of = figures[f"batch_{batch}"]
+            row.append(f"{of['plain_ratio']:.2f} → {of['time_ratio']:.2f} ({of['floor_ratio']:.2f})")
+    return [line_of([shape, model, str(tokens), *cells]) for (shape, tokens, model), cells in found.items()]
+
+
+def test_layers():
+    wanted = [layer_row(result) for result in compiled("layers")]
+    assert wanted
+    assert sorted(rows_below("The compiled kernel", NAMES.values())) == sorted(wanted)
+
+
+def test_whole_models():
+    wanted = model_rows(compiled("model-speed"))
+    assert wanted
+    assert sorted(rows_below("The compiled kernel", ("minilm-l6", "bert-base"))) == sorted(wanted)
