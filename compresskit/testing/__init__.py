@@ -26,6 +26,7 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         "menu": structures.menu,
         "json": structures.json_round_trip,
         "matmul": structures.matmul,
+        "native": structures.native,
         "take-rows": structures.take_rows,
         "out-of-range": structures.out_of_range,
         "macs": structures.macs,

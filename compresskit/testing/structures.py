@@ -1,6 +1,7 @@
 """Checks of the arithmetic: the menu, JSON, and what a structure computes with its factors."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from compresskit.core.cost import MACHINE, Gemm
 from compresskit.core.decomposition import Decomposition
+from compresskit.core.native import Plan
 from compresskit.core.registry import structure_from_json
 from compresskit.core.structure import Structure, empty_factors
 from compresskit.errors import CheckpointError
@@ -94,6 +96,37 @@ def matmul(case: Case) -> None:
         with blaming(what):
             expect_close(structure.matmul(x, factors), x @ dense.T, "matmul differs from x @ dense.T")
             expect_close(structure.matmul(x, factors, bias), x @ dense.T + bias, "matmul with bias differs")
+
+
+@each_structure()
+def native(case: Case) -> None:
+    """The plans for the compiled kernel, if there are any, are `x @ dense.T`, step for step."""
+    found, factors = case.structure.native, case.factors()
+    if found is None:
+        return
+    x = normal(5, case.structure.cols)
+    wanted = x @ case.structure.dense(factors).T
+    plans = {"plan": (found.plan, found.factors)}
+    if found.backward is not None:
+        plans["plan of the way back"] = (found.backward, found.backward_factors)
+    for what, (plan, names) in plans.items():
+        expect(sorted(names) == sorted(factors), f"the {what} has factors {names}, the structure {(*factors,)}")
+        expect_close(
+            _by_plan(x, plan, [factors[name] for name in names]), wanted, f"the {what} differs from x @ dense.T"
+        )
+
+
+def _by_plan(x: Tensor, plan: Plan, factors: Sequence[Tensor]) -> Tensor:
+    """What the compiled kernel does, by PyTorch; x (tokens, cols)."""
+    left = iter(factors)
+    for kind, a, b, c in zip(*[iter(plan)] * 4, strict=True):
+        if kind == 2:
+            x = x.view(-1, a, b).mT.reshape(-1, a * b)
+        elif kind == 0:
+            x = (x.view(-1, a, b) @ next(left).view(c, b).T).reshape(-1, a * c)
+        else:
+            x = (next(left).view(b, a) @ x.view(-1, a, c)).view(-1, b * c)
+    return x
 
 
 @each_structure()
