@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, final
 
 import torch
 
+from compresskit import kernel_state
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -54,7 +56,8 @@ def speedup(dense: Timing, model: "PreTrainedModel") -> dict[str, Any]:
     """Median forward time of the dense model / that of the compressed one, and how it was measured.
 
     Returns:
-        `speedup`, `batch`, `length`, `rounds` of each model, `device`; or `skipped` with the reason.
+        `speedup`, `batch`, `length`, `rounds` of each model, `device`, on a processor whether there was a compiled
+        `kernel`; or `skipped` with the reason.
     """
     if dense.skipped is not None:
         return {"skipped": dense.skipped}
@@ -62,6 +65,8 @@ def speedup(dense: Timing, model: "PreTrainedModel") -> dict[str, Any]:
     times_s = _times_s(model, dense.inputs, len(dense.times_s))
     batch, length = dense.inputs["input_ids"].shape
     where = {"batch": batch, "length": length, "rounds": len(times_s), "device": str(model.device)}
+    if model.device.type == "cpu":
+        where["kernel"] = kernel_state().built
     return {"speedup": statistics.median(dense.times_s) / statistics.median(times_s), **where}
 
 

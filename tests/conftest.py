@@ -11,7 +11,8 @@ import torch
 from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a hub; read when huggingface_hub is imported
-os.environ["COMPRESSKIT_CACHE"] = str(pathlib.Path(tempfile.gettempdir()) / "compresskit-has-no-kernels")
+_cache = tempfile.TemporaryDirectory(prefix="compresskit-tests-")  # no kernel of the machine's; goes with the process
+os.environ["COMPRESSKIT_CACHE"] = _cache.name
 
 import compresskit.decompositions  # noqa: F401 - registers the built-in ones
 

@@ -215,7 +215,8 @@ def _speed_text(measured: dict[str, Any]) -> str:
     if "skipped" in measured:
         return f"not measured: {measured['skipped']}"
     where = f"{measured['batch']} x {measured['length']} tokens on {measured['device']}"
-    return f"{measured['speedup']:.2f} (forward pass, {where}, median of {measured['rounds']} rounds)"
+    faster = "; compresskit kernels --build may make it faster" if measured.get("kernel") is False else ""
+    return f"{measured['speedup']:.2f} (forward pass, {where}, median of {measured['rounds']} rounds{faster})"
 
 
 def _costs(report: "Report", folder: Path, output: Path) -> dict[str, Any]:

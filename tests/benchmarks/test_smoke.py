@@ -43,7 +43,8 @@ def write_result(entry, results, **changes):
     path.write_text(json.dumps({**result, **changes}))
 
 
-def test_smoke_suite_runs_once_and_reports(tmp_path):
+def test_smoke_suite_runs_once_and_reports(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMPRESSKIT_CACHE", str(tmp_path / "cache"))  # two experiments compile the kernel
     suites, results = tmp_path / "suites", tmp_path / "results"
     suites.mkdir()
     shutil.copy(SUITES / "smoke.toml", suites)

@@ -47,10 +47,11 @@ def test_the_speed_up_is_measured_if_it_is_cheap_or_asked_for(
     cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = run_compress(cli, "-m", "svd", "--ratio", "3")["measured"]
-    assert set(measured) == {"speedup", "batch", "length", "rounds", "device"}
+    assert set(measured) == {"speedup", "batch", "length", "rounds", "device", "kernel"}
     assert 0 < measured["speedup"] < 100
     assert (measured["batch"], measured["length"], measured["device"]) == (1, 40, "cpu")
     assert 3 <= measured["rounds"] <= 15
+    assert measured["kernel"] is False  # conftest gives an empty cache
     report = run_compress(cli, "-m", "svd", "--ratio", "3", "--no-measure", "--force")
     assert report["measured"] == {"skipped": "--no-measure"}
     monkeypatch.setattr(speed, "CHEAP_S", 0.0)
@@ -60,7 +61,7 @@ def test_the_speed_up_is_measured_if_it_is_cheap_or_asked_for(
     assert "not measured: it would take longer than 0 s; --measure does it" in outcome.out
     outcome = cli("compress", "bert", "-m", "svd", "--ratio", "3", "-o", "out", "--force", "--measure")
     assert re.search(r"measured speed-up of the model +\d+\.\d\d \(forward pass, 1 x 40 tokens on cpu", outcome.out)
-    assert "median of 15 rounds)" in outcome.out
+    assert "median of 15 rounds; compresskit kernels --build may make it faster)" in outcome.out
 
 
 def test_measuring_leaves_the_saved_model_as_it_is(cli: Cli, work: Path) -> None:
