@@ -11,11 +11,11 @@ import torch
 from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a hub; read when huggingface_hub is imported
-_cache = tempfile.TemporaryDirectory(prefix="compresskit-tests-")  # no kernel of the machine's; goes with the process
-os.environ["COMPRESSKIT_CACHE"] = _cache.name
 
 import compresskit.decompositions  # noqa: F401 - registers the built-in ones
 
+_cache = tempfile.TemporaryDirectory(prefix="compresskit-tests-")  # no kernel of the machine's; goes with the process
+os.environ["COMPRESSKIT_CACHE"] = _cache.name
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if a shell started us in the background
 settings.register_profile("deterministic", derandomize=True, deadline=None)
