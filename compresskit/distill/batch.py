@@ -4,6 +4,7 @@ A loss is a sum over one kind of unit. Dividing it by the units of the whole opt
 micro-batches and processes included, makes the result independent of how the step was cut into pieces.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, final, get_args
@@ -18,6 +19,8 @@ UNITS: tuple[Unit, ...] = get_args(Unit)
 LABELS = ("labels", "start_positions", "end_positions", "next_sentence_label")
 IGNORED = -100
 """Labels of this value are none, as everywhere in transformers."""
+NO_NUMBER = -math.inf
+"""The same where labels are numbers; nan is a mistake in the data."""
 
 
 @final

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compresskit.distill.batch import NO_NUMBER
 from compresskit.errors import OptionError
 from compresskit.tasks.features import IGNORED, Features
 from compresskit.tasks.pretraining import seeded
@@ -27,8 +28,8 @@ class AlteredTexts(torch.utils.data.Dataset[dict[str, Any]]):
     """The examples of a task, and after them copies of all of them with some words replaced, without labels.
 
     A copy depends on the seed and on its example alone, not on epoch, batch or process. It is as long as its example
-    and special tokens stay, so spans and masks hold. Labels of copies are those that losses leave out: IGNORED, and nan
-    where the label is a number.
+    and special tokens stay, so spans and masks hold. Labels of copies are those that losses leave out: IGNORED, and
+    NO_NUMBER where the label is a number.
 
     Args:
         features: of `tokenized`.
@@ -89,7 +90,7 @@ _LABELS = ("labels", "start_positions", "end_positions")
 def _no_label(label: Any) -> Any:
     if isinstance(label, Sequence):
         return [IGNORED] * len(label)
-    return float("nan") if isinstance(label, float) else IGNORED
+    return NO_NUMBER if isinstance(label, float) else IGNORED
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from tests.cli.conftest import Cli, Fails
 
 PACKAGE = Path(compresskit_cli.__file__).parent
 COMMANDS = (
-    *("calibrate", "compress", "demo", "distill", "evaluate", "finetune", "inspect", "methods", "plan"),
+    *("calibrate", "compress", "demo", "distill", "evaluate", "finetune", "inspect", "kernels", "methods", "plan"),
     "presets",
 )
 HEAVY = ("torch", "transformers", "scipy", "tensorly", "numpy", "safetensors", "huggingface_hub", "datasets", "sklearn")

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from compresskit.core import registry
 from compresskit.core.cost import Pass, dense_operations
 from compresskit.core.decomposition import Decomposition, Fitted
-from compresskit.core.native import Native, first_axis, last_axis
+from compresskit.core.native import Native, last_axis
 from compresskit.core.structure import linear
 from compresskit.decompositions.svd import LowRank
 from compresskit.errors import BudgetError
@@ -78,21 +78,15 @@ broken("matmul", "x @ dense.T", structure={"dense": lambda self, factors: 2 * To
 broken("matmul", r"dense has shape \(24, 23\)", structure={"dense": lambda self, f: Toy.dense(self, f)[:, 1:]})
 
 
-def planned(factors=("right", "left"), way_back=None):
+def planned(factors=("right", "left"), *way_back):
     """A plan of the toy for the compiled kernel; sound as it is."""
-
-    def native(self):
-        plan = (*last_axis(1, self.cols, self.rank), *last_axis(1, self.rank, self.rows))
-        if way_back is None:
-            return Native(plan, factors)
-        return Native(plan, factors, first_axis(1, 1, self.cols) + plan[4:], way_back)
-
-    return {"native": property(native)}
+    plan = lambda self: (*last_axis(1, self.cols, self.rank), *last_axis(1, self.rank, self.rows))  # noqa: E731
+    return {"native": property(lambda self: Native(plan(self), factors, *way_back))}
 
 
 broken("native", r"plan has factors \('right',\), the structure", structure=planned(("right",)))
 broken("native", "the plan differs from x @ dense.T", structure=planned(("left", "right")))
-broken("native", "plan of the way back has factors", structure=planned(way_back=("left",)))
+broken("native", "plan of the way back has factors", structure=planned(("right", "left"), (), ("left",)))
 broken("take-rows", "differs from dense", structure={"take_rows": lambda self, i, f: Toy.take_rows(self, 0 * i, f)})
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compresskit.distill.anatomy import Anatomy
-from compresskit.distill.batch import IGNORED, Batch, Unit
+from compresskit.distill.batch import IGNORED, NO_NUMBER, Batch, Unit
 from compresskit.distill.features import Feature
 from compresskit.distill.loss import Comparison, Loss, Tensors, register
 from compresskit.distill.measures import class_entropy, mask_places, mean_binary_entropy
@@ -50,7 +50,7 @@ def _sequence(student: Tensors, _: Tensors, batch: Batch) -> Tensor:
 
 def _regression(student: Tensors, _: Tensors, batch: Batch) -> Tensor:
     found, labels = student[0].float().view(-1), batch.label().float().view(-1)
-    known = ~labels.isnan()  # an altered copy of a text has no label
+    known = labels != NO_NUMBER
     return F.mse_loss(found[known], labels[known], reduction="sum")
 
 
