@@ -94,9 +94,10 @@ def _compile(path: Path) -> None:
     """Beside its place first, so that other processes never see half of it."""
     found = compiler()
     if found is None:
+        own = os.environ.get("CXX")
+        missing = f"CXX is {own}, which is not there" if own else f"none of {', '.join(COMPILERS)} is there"
         raise KernelError(
-            f"the kernel needs a C++ compiler: none of {', '.join(COMPILERS)} is there, and CXX is "
-            f"{os.environ.get('CXX') or 'not set'}; install one (Debian: apt install g++). Layers work without it"
+            f"the kernel needs a C++ compiler: {missing}; install one (Debian: apt install g++). Layers work without it"
         )
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -31,7 +31,7 @@ def command(build: bool, force: bool, as_json: bool) -> None:
     elif state.built:
         render.say(f"The kernel for this machine and this version of PyTorch is there and used: {state.path}")
     else:
-        compiler = f"with {state.compiler}" if state.compiler else "once a C++ compiler (g++, clang++) is installed"
+        how = f"with {state.compiler}" if state.compiler else "once a C++ compiler (g++, clang++) is installed"
         render.say(
-            f"There is none yet; layers run by PyTorch's own operations. compresskit kernels --build {compiler}."
+            f"There is none yet; layers run by PyTorch's own operations. compresskit kernels --build makes one {how}."
         )

@@ -25,7 +25,7 @@ def test_it_is_compiled_once_and_then_there(cli: Cli, cache: Path) -> None:
     outcome = cli("kernels")
     assert (outcome.status, outcome.err) == (0, "")
     assert outcome.out.startswith(
-        "There is none yet; layers run by PyTorch's own operations. compresskit kernels --build with "
+        "There is none yet; layers run by PyTorch's own operations. compresskit kernels --build makes one with "
     )
     assert not cache.exists()
     outcome = cli("kernels", "--build", "--json")
