@@ -52,7 +52,7 @@ class KernelState:
     """What there is on this machine.
 
     Args:
-        built: whether the kernel is there, for this version of PyTorch and this processor.
+        built: whether the kernel is there, for this version of PyTorch and this processor, and can be loaded.
         path: of its file.
         compiler: that would compile it; None without one.
     """
@@ -64,8 +64,7 @@ class KernelState:
 
 def kernel_state() -> KernelState:
     """Whether layers on this processor have their compiled kernel."""
-    path = library_path()
-    return KernelState(path.is_file(), path, compiler())
+    return KernelState(kernel.loaded, library_path(), compiler())
 
 
 def build_kernels(*, force: bool = False) -> Path:
@@ -75,15 +74,14 @@ def build_kernels(*, force: bool = False) -> Path:
     smaller the layer and the fewer the tokens, the more it gains (README, Speed). Results differ in the last bits.
 
     Args:
-        force: compile it even if it is there.
+        force: compile it even if it is there; this process then goes on with the one that it has.
 
     Raises:
         KernelError: no C++ compiler, or it fails; says what it printed.
     """
     path = library_path()
-    if force or not path.is_file():
+    if force or not kernel.loaded:  # a damaged one is made anew
         _compile(path)
-    if not kernel.loaded:
         kernel.load(path)
     if not kernel.loaded:
         raise KernelError(f"{path} was compiled but cannot be loaded; is the compiler of this Python's kind?")
