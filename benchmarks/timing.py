@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, final
 
 from benchmarks.machine import ROOT, peak_memory_bytes
@@ -104,14 +105,25 @@ def rounded(figures: Any) -> Any:
     return [rounded(value) for value in figures] if isinstance(figures, list | tuple) else figures
 
 
-def build_kernel() -> None:
-    """Compile our kernel unless it is there.
+def prepare_kernel(experiment: Any, empty: Path) -> None:
+    """Compile our kernel for an experiment that is about it; others must not find one that happens to be there.
+
+    Args:
+        empty: a folder without kernels, which need not exist; for child processes, too.
 
     Raises:
-        ExperimentSkipped: that is impossible here.
+        SuiteError: `kernel` of the experiment is no way to run layers.
+        ExperimentSkipped: the kernel cannot be compiled here.
     """
+    from benchmarks.experiments import ExperimentSkipped, SuiteError
+
+    wanted = getattr(experiment, "kernel", WAYS[0])
+    if wanted not in WAYS:
+        raise SuiteError(f"{experiment.kind}: kernel is {' or '.join(WAYS)}, got {wanted!r}")
+    if wanted == WAYS[0]:
+        os.environ["COMPRESSKIT_CACHE"] = str(empty)
+        return
     import compresskit
-    from benchmarks.experiments import ExperimentSkipped
     from compresskit.errors import KernelError
 
     try:

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.experiments import ExperimentSkipped, make_experiment
 from benchmarks.machine import hardware, peak_memory_bytes, versions
-from benchmarks.timing import rounded
+from benchmarks.timing import prepare_kernel, rounded
 
 
 def main() -> None:
@@ -27,6 +27,7 @@ def answer(request: Mapping[str, Any], path: Path) -> None:
     data = None if request["data"] is None else Path(request["data"])
     started = time.perf_counter()
     try:
+        prepare_kernel(experiment, path.parent / "no-kernels")
         outcome = experiment.run_in(data, Path(request["work"]))
     except ExperimentSkipped as skipped:
         written: dict[str, Any] = {"skip": str(skipped)}

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal, final
 
 from benchmarks.experiments import Experiment, Outcome, SuiteError
 from benchmarks.memory import keep_memory
-from benchmarks.timing import WAYS, build_kernel, interleave, median_ratio, timed_block, without_kernel
+from benchmarks.timing import WAYS, interleave, median_ratio, timed_block, without_kernel
 
 
 @final
@@ -52,22 +52,10 @@ class Layers(Experiment):
     dtype: str = "float32"
     mode: str = "eager"
     memory: str = "kept"
-    kernel: str = "pytorch"
+    kernel: str = WAYS[0]
     repeats: int = 7
 
     def run(self, data: Path | None) -> Outcome:
-        import compresskit
-
-        if self.kernel not in WAYS:
-            raise SuiteError(f"{self.kind}: kernel is {' or '.join(WAYS)}, got {self.kernel!r}")
-        if self.kernel == "compiled":
-            build_kernel()
-            with compresskit.use_kernels("auto"):
-                return self._run()
-        with compresskit.use_kernels("pytorch"):
-            return self._run()
-
-    def _run(self) -> Outcome:
         import torch
 
         skipped = keep_memory() if self.memory == "kept" else {}

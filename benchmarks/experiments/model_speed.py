@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, final
 
 from benchmarks.experiments import Experiment, Outcome, SuiteError
-from benchmarks.timing import WAYS, build_kernel, interleave, median_ratio, without_kernel
+from benchmarks.timing import WAYS, interleave, median_ratio, without_kernel
 
 TARGET, TARGET_RATIO = 0.7, 19
 """Share of the way from dense to the floor that is to be won at this ratio, at bert-base shapes."""
@@ -62,18 +62,6 @@ class ModelSpeed(Experiment):
     repeats: int = 15
 
     def run(self, data: Path | None) -> Outcome:
-        import compresskit
-
-        if self.kernel not in WAYS:
-            raise SuiteError(f"{self.kind}: kernel is {' or '.join(WAYS)}, got {self.kernel!r}")
-        if self.kernel == "pytorch" and self.device == "cpu":
-            with compresskit.use_kernels("pytorch"):
-                return self._run()
-        if self.kernel == "compiled":
-            build_kernel()
-        return self._run()
-
-    def _run(self) -> Outcome:
         from benchmarks.devices import device_name, find_device, find_dtype
         from benchmarks.floors import without_linear_layers
         from benchmarks.models import build_bert

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, final
 
 from benchmarks.experiments import Experiment, Outcome
-from benchmarks.timing import interleave, median_ratio
+from benchmarks.timing import WAYS, interleave, median_ratio
 
 SAMPLE_S = 2e-3
 """A layer is called until a sample takes about this long."""
@@ -28,16 +28,19 @@ class Peers(Experiment):
         shape: of the weight, as rows x cols.
         tokens: that a layer gets at a time.
         device, dtype: where and in which type the layers run.
+        kernel: what runs our layer on a processor: PyTorch's operations (`pytorch`), or our `compiled` kernel.
         repeats: rounds; the figures are their medians.
     """
 
     kind: ClassVar[str] = "peers"
+    later: ClassVar[tuple[str, ...]] = ("kernel",)
 
     peer: str
     shape: str = "768x768"
     tokens: tuple[int, ...] = (1, 16, 128, 1024)
     device: str = "cpu"
     dtype: str = "float32"
+    kernel: str = WAYS[0]
     repeats: int = 15
 
     def run(self, data: Path | None) -> Outcome:
@@ -95,6 +98,7 @@ class Peers(Experiment):
         row = {
             "peer": configuration["peer"],
             "weight": configuration["shape"],
+            "kernel": configuration.get("kernel", WAYS[0]),
             "our structure": figures["structure"],
             "parameters, peer / ours": f"{params['peer']:,} / {params['ours']:,}",
         }
