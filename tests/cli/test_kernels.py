@@ -6,28 +6,17 @@ from pathlib import Path
 import pytest
 
 from compresskit.core import native_build
-from compresskit.core.native import kernel
 from tests.cli.conftest import Cli
 
 
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("COMPRESSKIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(kernel, "_ops", None)
-    monkeypatch.setattr(kernel, "_looked", False)
-    native_build.library_path.cache_clear()
-    yield tmp_path / "cache"
-    native_build.library_path.cache_clear()
-
-
 @pytest.mark.skipif(native_build.compiler() is None, reason="the kernel needs a C++ compiler: apt install g++")
-def test_it_is_compiled_once_and_then_there(cli: Cli, cache: Path) -> None:
+def test_it_is_compiled_once_and_then_there(cli: Cli, no_kernel: Path) -> None:
     outcome = cli("kernels")
     assert (outcome.status, outcome.err) == (0, "")
     assert outcome.out.startswith(
         "There is none yet; layers run by PyTorch's own operations. compresskit kernels --build makes one with "
     )
-    assert not cache.exists()
+    assert not no_kernel.exists()
     outcome = cli("kernels", "--build", "--json")
     assert (outcome.status, outcome.err) == (0, "")
     found = json.loads(outcome.out)
@@ -37,10 +26,10 @@ def test_it_is_compiled_once_and_then_there(cli: Cli, cache: Path) -> None:
     assert (outcome.status, outcome.err) == (0, "")
     assert outcome.out.startswith("The kernel for this machine and this version of PyTorch is there and used: ")
     assert Path(found["path"]).stat().st_mtime_ns == made
-    assert [path.name for path in cache.iterdir()] == [Path(found["path"]).name]
+    assert [path.name for path in no_kernel.iterdir()] == [Path(found["path"]).name]
 
 
-def test_without_a_compiler_it_says_what_to_install(cli: Cli, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_it_says_what_to_install(cli: Cli, no_kernel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     outcome = cli("kernels")
     assert outcome.status == 0
@@ -48,10 +37,10 @@ def test_without_a_compiler_it_says_what_to_install(cli: Cli, cache: Path, monke
     outcome = cli("kernels", "--build")
     assert (outcome.status, outcome.out) == (1, "")
     assert "install one (Debian: apt install g++). Layers work without it" in outcome.err
-    assert not cache.exists()
+    assert not no_kernel.exists()
 
 
-def test_force_alone_means_nothing(cli: Cli, cache: Path) -> None:
+def test_force_alone_means_nothing(cli: Cli, no_kernel: Path) -> None:
     outcome = cli("kernels", "--force")
     assert outcome.status == 2
     assert "--force belongs to --build" in outcome.err

@@ -1,7 +1,5 @@
 """The compiled kernel for processors, made once for the tests that use it; all others run without it."""
 
-import os
-
 import pytest
 
 from compresskit.core import native_build
@@ -43,15 +41,3 @@ def native(kernel_folder, monkeypatch):
     monkeypatch.setattr(kernel, "_looked", True)
     yield calls
     native_build.library_path.cache_clear()
-
-
-@pytest.fixture
-def no_kernel(tmp_path, monkeypatch):
-    """An empty cache, and a process that has not looked into it."""
-    monkeypatch.setenv("COMPRESSKIT_CACHE", str(tmp_path / "cache"))
-    native_build.library_path.cache_clear()
-    monkeypatch.setattr(kernel, "_ops", None)
-    monkeypatch.setattr(kernel, "_looked", False)
-    yield tmp_path / "cache"
-    native_build.library_path.cache_clear()
-    assert "COMPRESSKIT_CACHE" in os.environ
