@@ -105,6 +105,7 @@ class FactorizedLinear(FactorizedModule):
     def __init__(self, structure: Structure, factors: Mapping[str, Tensor], bias: Tensor | None = None) -> None:
         super().__init__(structure)
         self._native = structure.native  # asked for in every forward
+        kernel.look()  # a compiler cannot
         self.in_features, self.out_features = structure.cols, structure.rows  # callers assign them, as nn.Linear
         if bias is not None and bias.shape != (structure.rows,):
             raise StructureError(f"the bias of {structure.rows} outputs has shape {tuple(bias.shape)}")

@@ -11,9 +11,15 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/native/CPUBlas.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
+
+#if defined(__AVX512F__) && defined(CPUBLAS_BRGEMM_BF16BF16F32)
+#define COMPRESSKIT_HALF
+#include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <cstring>
@@ -216,28 +222,33 @@ void run(const Step& step, int64_t n, const float* x, float* y, const float* bia
   }
 }
 
+const char* name_of(at::ScalarType type) { return type == at::kFloat ? "float32" : "bfloat16"; }
+
 // A plan with its factors, and what is needed to run it
 struct Chain {
   std::vector<Step> steps;
   std::vector<at::Tensor> held;  // contiguous copies, or the tensors themselves
   std::vector<int64_t> factor_of;  // of each step its factor's number, -1 without one
+  std::vector<const void*> factors;  // of each step; null without one
   int64_t last = -1, cols, rows, macs = 0, groups = 1 << 20, numbers = 0;
 
-  Chain(at::TensorList factors, at::IntArrayRef plan) {
+  Chain(at::TensorList given, at::IntArrayRef plan, at::ScalarType type = at::kFloat) {
     size_t used = 0;
     for (size_t i = 0; i + 3 < plan.size(); i += 4) {
       Step step{plan[i], plan[i + 1], plan[i + 2], plan[i + 3], nullptr};
       TORCH_CHECK(step.kind >= LAST && step.kind <= SWAP, "compresskit: a step of kind ", step.kind);
       factor_of.push_back(-1);
+      factors.push_back(nullptr);
       if (step.kind != SWAP) {
-        TORCH_CHECK(used < factors.size(), "compresskit: more steps than factors");
+        TORCH_CHECK(used < given.size(), "compresskit: more steps than factors");
         factor_of.back() = used;
-        const at::Tensor& factor = factors[used++];
+        const at::Tensor& factor = given[used++];
         const int64_t expected = step.kind == LAST ? step.b * step.c : step.a * step.b;
-        TORCH_CHECK(factor.numel() == expected && factor.scalar_type() == at::kFloat && factor.is_cpu(),
-                    "compresskit: a factor of ", expected, " numbers in float32 on the processor is expected");
+        TORCH_CHECK(factor.numel() == expected && factor.scalar_type() == type && factor.is_cpu(),
+                    "compresskit: a factor of ", expected, " numbers in ", name_of(type), " on the processor is expected");
         held.push_back(factor.contiguous());
-        step.factor = held.back().const_data_ptr<float>();
+        factors.back() = held.back().const_data_ptr();
+        if (type == at::kFloat) step.factor = held.back().const_data_ptr<float>();
         last = steps.size();
         macs += step.macs();
         numbers += expected;
@@ -246,16 +257,18 @@ struct Chain {
       TORCH_CHECK(steps.empty() || steps.back().outs() == step.ins(), "compresskit: steps that do not fit");
       steps.push_back(step);
     }
-    TORCH_CHECK(last >= 0 && used == factors.size(), "compresskit: fewer steps than factors");
+    TORCH_CHECK(last >= 0 && used == given.size(), "compresskit: fewer steps than factors");
     cols = steps.front().ins();
     rows = steps.back().outs();
   }
 
-  const float* take(const at::Tensor& x, int64_t width) {
-    TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_cpu() && x.dim() > 0 && x.size(-1) == width, "compresskit: (..., ",
-                width, ") in float32 on the processor is expected");
+  template <typename T = float>
+  const T* take(const at::Tensor& x, int64_t width) {
+    constexpr at::ScalarType type = c10::CppTypeToScalarType<T>::value;
+    TORCH_CHECK(x.scalar_type() == type && x.is_cpu() && x.dim() > 0 && x.size(-1) == width, "compresskit: (..., ", width,
+                ") in ", name_of(type), " on the processor is expected");
     held.push_back(x.contiguous());
-    return held.back().const_data_ptr<float>();
+    return held.back().const_data_ptr<T>();
   }
 
   // Whether threads share each step, and not the tokens
@@ -266,7 +279,15 @@ struct Chain {
   }
 };
 
+#include "native_half.hpp"
+
 at::Tensor chain(const at::Tensor& x, at::TensorList factors, at::IntArrayRef plan, const std::optional<at::Tensor>& bias) {
+#if defined(COMPRESSKIT_HALF)
+  if (x.scalar_type() == at::kBFloat16) {
+    Chain made(factors, plan, at::kBFloat16);
+    return half::chain(made, x, bias);
+  }
+#endif
   Chain made(factors, plan);
   const std::vector<Step>& steps = made.steps;
   const int64_t cols = made.cols, rows = made.rows, last = made.last;
@@ -452,11 +473,24 @@ std::vector<at::Tensor> chain_backward(const at::Tensor& grad, const at::Tensor&
   return found;
 }
 
+// Whether bfloat16 is for the kernel, too
+bool half_products() {
+#if defined(COMPRESSKIT_HALF)
+  return at::native::cpublas::could_pack(at::kBFloat16);
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 TORCH_LIBRARY(compresskit, m) {
   m.def("chain(Tensor x, Tensor[] factors, int[] plan, Tensor? bias) -> Tensor");
+  m.def("half_products() -> bool");
   m.def("chain_backward(Tensor grad, Tensor x, Tensor[] factors, int[] plan, int[] needs) -> Tensor[]");
+}
+TORCH_LIBRARY_IMPL(compresskit, CompositeExplicitAutograd, m) {
+  m.impl("half_products", &half_products);
 }
 TORCH_LIBRARY_IMPL(compresskit, CPU, m) {
   m.impl("chain", &chain);

@@ -21,6 +21,7 @@ from compresskit.core.native import kernel
 from compresskit.errors import KernelError
 
 SOURCE = Path(__file__).with_name("native.cpp")
+INCLUDED = SOURCE.with_name("native_half.hpp")
 COMPILERS = ("c++", "g++", "clang++")
 TIMEOUT_S = 300
 
@@ -35,7 +36,7 @@ def cache_folder() -> Path:
 @cache
 def library_path() -> Path:
     """The compiled kernel for this source, this version of PyTorch and this processor; it need not exist."""
-    said = [SOURCE.read_text("utf-8"), torch.__version__, sys.platform, _processor()]
+    said = [SOURCE.read_text("utf-8"), INCLUDED.read_text("utf-8"), torch.__version__, sys.platform, _processor()]
     key = hashlib.sha256("\n".join(said).encode()).hexdigest()[:16]
     return cache_folder() / f"chain-{key}.so"
 
@@ -71,7 +72,8 @@ def build_kernels(*, force: bool = False) -> Path:
     """Compile the kernel for layers on a processor and use it from now on, in later processes, too. Takes 10 to 20 s.
 
     With it, Kronecker, SVD, Tucker and tensor-train layers in float32 take fewer calls and less memory traffic: the
-    smaller the layer and the fewer the tokens, the more it gains (README, Speed). Results differ in the last bits.
+    smaller the layer and the fewer the tokens, the more it gains (README, Speed); in bfloat16, where the processor has
+    units for it (AVX-512 and AMX), likewise without gradients. Results differ in the last bits.
 
     Args:
         force: compile it even if it is there; this process then goes on with the one that it has.

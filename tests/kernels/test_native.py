@@ -191,7 +191,7 @@ def watched():
         "counting": lambda layer, x: _within(FlopCounterMode(display=False), layer, x),
         "vmap": lambda layer, x: torch.vmap(layer)(x),
         "forward derivatives": lambda layer, x: torch.func.jvp(layer, (x,), (x,))[0],
-        "bfloat16": lambda layer, x: layer.to(half)(x.to(half)),
+        "float16": lambda layer, x: layer.to(torch.float16)(x.to(torch.float16)),
         "float64": lambda layer, x: layer.double()(x.double()),
         "trace": lambda layer, x: torch.jit.trace(layer, x, check_trace=False)(x),
         "export": lambda layer, x: torch.export.export(layer, (x,)).module()(x),
@@ -225,13 +225,35 @@ def test_a_factor_that_has_to_be_called_is_called(native):
     assert not native
 
 
-def test_the_compiler_makes_its_own(native):
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_it_is_one_operation_of_a_compiled_layer(dynamic, native):
+    for structure in (
+        structure_of((4, 2), (8, 10), 2, True),
+        structure_of((4, 2), (8, 10), 1, False),
+        LowRank(32, 20, 6),
+    ):
+        torch.compiler.reset()
+        layer = layer_of(structure, torch.float32)
+        with torch.no_grad():
+            compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+            for shape in ((7,), (2, 3)):
+                x = torch.randn(*shape, 20)
+                assert error(compiled(x), exact(layer, x)) < 1e-6
+        assert set(native) == {"forward"}
+        compiled(torch.randn(7, 20)).sum().backward()  # PyTorch's
+        assert set(native) == {"forward"}
+        native.clear()
     torch.compiler.reset()
-    layer, x = layer_of(structure_of((4, 2), (8, 10), 2, True), torch.float32), torch.randn(7, 20)
-    with torch.no_grad():
-        assert error(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), exact(layer, x)) < 1e-6
-    torch.compiler.reset()
-    assert not native
+
+
+def test_a_compiler_knows_what_it_gives(kernel_folder):
+    x, factors = torch.randn(2, 3, 20), [torch.randn(3, 5), torch.randn(7, 4)]
+    plan = (1, 5, 3, 4, 0, 3, 4, 7, 2, 3, 7, 0)
+    torch.library.opcheck(kernel_folder[1][0], (x, factors, plan, torch.randn(21)))
+    for steps in (plan, plan[:8], plan[:4]):
+        given = factors[: len(steps) // 4]
+        shape = torch.ops.compresskit.chain.default(x.to("meta"), [f.to("meta") for f in given], steps, None).shape
+        assert shape == kernel_folder[1][0](x, given, steps, None).shape
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,220 @@
+// bfloat16 for native.cpp: large products by the matrix units of the processor (PyTorch's brgemm) with sums in float32,
+// everything between two of them in float32. Only where the processor has instructions for it: see `half_products`.
+
+#if defined(COMPRESSKIT_HALF)
+
+namespace half {
+
+using Half = at::BFloat16;
+
+constexpr int64_t PANEL = 64;         // columns of a packed factor that lie together
+constexpr int64_t TILE = 16;          // columns that the units read at once
+constexpr int64_t GRAIN = 1 << 20;    // multiply-adds that are worth another thread
+constexpr int64_t FEW_ROWS = 64;      // of a product up to which its input is packed and not its factor
+constexpr int64_t SOME_ROWS = 64;     // of a product whose sums are rounded at once, while they are at hand
+constexpr int64_t BLOCK_ROWS = 64;    // of a large product
+constexpr int64_t BLOCK_NUMBERS = 1 << 15;
+constexpr int64_t PACK_GRAIN = 1 << 16;  // numbers to pack that are worth another thread
+
+void widen(const Half* x, float* y, int64_t count) {
+  const auto* bits = reinterpret_cast<const uint16_t*>(x);
+  auto* words = reinterpret_cast<uint32_t*>(y);
+  for (int64_t i = 0; i < count; ++i) words[i] = uint32_t(bits[i]) << 16;
+}
+
+// y = x + added, rounded; added may be null
+void narrow(const float* x, const float* added, Half* y, int64_t count) {
+  int64_t i = 0;
+#if defined(__AVX512BF16__)
+  for (; i + 16 <= count; i += 16) {
+    __m512 sum = _mm512_loadu_ps(x + i);
+    if (added) sum = _mm512_add_ps(sum, _mm512_loadu_ps(added + i));
+    _mm256_storeu_si256((__m256i*)(y + i), (__m256i)_mm512_cvtneps_pbh(sum));
+  }
+#endif
+  for (; i < count; ++i) y[i] = Half(added ? x[i] + added[i] : x[i]);
+}
+
+// y (16, 16) = x (16, 16).T, rows `x_step` and `y_step` apart; the first `some` rows of y. Numbers are moved, never
+// computed with: they may be pairs of others.
+inline void transpose(const float* x, int64_t x_step, float* y, int64_t y_step, int64_t some = TILE) {
+  Lanes now[TILE], next[TILE];
+  for (int v = 0; v < TILE; ++v) now[v] = *(const Lanes*)(x + v * x_step);
+  for (int bits = 1; bits < TILE; bits *= 2) {
+    for (int v = 0; v < TILE / 2; ++v) {
+      next[2 * v] = zipped(now[v], now[v + TILE / 2], each);
+      next[2 * v + 1] = zipped_late(now[v], now[v + TILE / 2], each);
+    }
+    for (int v = 0; v < TILE; ++v) now[v] = next[v];
+  }
+  for (int v = 0; v < some; ++v) *(Lanes*)(y + v * y_step) = now[v];
+}
+
+// Rows of `ins` numbers as the units read a right side `width` wide: pairs of one row beside each other, zeros for rows
+// that are not there
+void pack(const Half* x, int64_t rows, int64_t ins, int64_t width, Half* y) {
+  const auto* from = reinterpret_cast<const float*>(x);
+  auto* to = reinterpret_cast<float*>(y);
+  const int64_t pairs = ins / 2;
+  for (int64_t r = 0; r < width; r += TILE) {
+    int64_t i = 0;
+    if (r + TILE <= rows)
+      for (; i + TILE <= pairs; i += TILE) transpose(from + r * pairs + i, pairs, to + i * width + r, width);
+    for (; i < pairs; ++i)
+      for (int64_t v = r; v < r + TILE; ++v)
+        if (v < rows)
+          std::memcpy(to + i * width + v, from + v * pairs + i, sizeof(float));
+        else
+          to[i * width + v] = 0;
+  }
+}
+
+// A step of the last axis: its factor (outs, ins), and the same in panels, each (ins / 2, PANEL, 2), without any for few rows
+struct Wide {
+  const Half* factor;
+  at::Tensor held;
+  const Half* packed = nullptr;
+};
+
+void pack_all(const Step& step, Wide& wide, const at::TensorOptions& options) {
+  const int64_t panels = (step.c + PANEL - 1) / PANEL;
+  wide.held = at::empty({panels * PANEL * step.b}, options);
+  Half* to = wide.held.mutable_data_ptr<Half>();
+  at::parallel_for(0, panels, 1 + PACK_GRAIN / (PANEL * step.b), [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p)
+      pack(wide.factor + p * PANEL * step.b, std::min(PANEL, step.c - p * PANEL), step.b, PANEL, to + p * PANEL * step.b);
+  });
+  wide.packed = to;
+}
+
+void panel(int64_t rows, const Step& step, const Half* a, const Wide& wide, int64_t at, float* c, int64_t c_step) {
+  at::native::cpublas::brgemm(rows, std::min(PANEL, step.c - at), step.b, step.b, PANEL, c_step, false, a,
+                              wide.packed + at * step.b, c);
+}
+
+// c (rows, outs) = a (rows, ins) @ factor.T
+void multiply(int64_t rows, const Step& step, const Half* a, const Wide& wide, float* c) {
+  for (int64_t p = 0; p < step.c; p += PANEL) panel(rows, step, a, wide, p, c + p, step.c);
+}
+
+// The same plus `added`, which begins anew after `step.a` rows and may be null, rounded
+void multiply_round(int64_t rows, const Step& step, const Half* a, const Wide& wide, const float* added, Half* c) {
+  float sums[SOME_ROWS * PANEL];
+  for (int64_t r = 0; r < rows; r += SOME_ROWS) {
+    const int64_t some = std::min(SOME_ROWS, rows - r);
+    for (int64_t p = 0; p < step.c; p += PANEL) {
+      panel(some, step, a + r * step.b, wide, p, sums, PANEL);
+      for (int64_t k = 0; k < some; ++k)
+        narrow(sums + k * PANEL, added ? added + (r + k) % step.a * step.c + p : nullptr, c + (r + k) * step.c + p,
+               std::min(PANEL, step.c - p));
+    }
+  }
+}
+
+// The same of few rows, where packing the factor would take most of the time: factor @ a.T, by all threads
+void multiply_few(int64_t rows, const Step& step, const Half* a, const Wide& wide, float* c) {
+  const int64_t outs = step.c, ins = step.b, width = (rows + TILE - 1) / TILE * TILE;
+  thread_local std::vector<Half> packed;
+  packed.resize(width * ins);
+  pack(a, rows, ins, width, packed.data());
+  const Half* right = packed.data();
+  at::parallel_for(0, (outs + TILE - 1) / TILE, 1 + GRAIN / (width * ins * TILE), [&](int64_t begin, int64_t end) {
+    thread_local std::vector<float> turned;
+    const int64_t first = begin * TILE, after = std::min(outs, end * TILE);
+    turned.resize((end - begin) * TILE * width);
+    at::native::cpublas::brgemm(after - first, width, ins, ins, width, width, false, wide.factor + first * ins, right,
+                                turned.data());
+    at::native::cpublas::brgemm_release();  // by each thread: others of PyTorch's products set up the units anew
+    for (int64_t o = first; o < after; o += TILE)
+      for (int64_t r = 0; r < rows; r += TILE) {
+        const float* from = turned.data() + (o - first) * width + r;
+        const int64_t some = std::min(TILE, rows - r);
+        if (o + TILE <= after) {
+          transpose(from, width, c + r * outs + o, outs, some);
+          continue;
+        }
+        for (int64_t k = 0; k < some; ++k)
+          for (int64_t i = o; i < after; ++i) c[(r + k) * outs + i] = from[(i - o) * width + k];
+      }
+  });
+}
+
+at::Tensor chain(Chain& made, const at::Tensor& x, const std::optional<at::Tensor>& bias) {
+  std::vector<Step> steps = made.steps;
+  const size_t count_steps = steps.size();
+  const int64_t cols = made.cols, rows = made.rows, n = x.numel() / cols;
+  const Half* from = made.take<Half>(x, cols);
+  at::DimVector shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = rows;
+  at::Tensor y = at::empty(shape, x.options());
+  Half* to = y.mutable_data_ptr<Half>();
+  std::vector<float> wider(bias ? rows : 0);
+  const float* added = bias ? wider.data() : nullptr;
+  if (bias) widen(made.take<Half>(*bias, rows), wider.data(), rows);
+
+  const bool few = n * made.groups <= FEW_ROWS;
+  std::vector<std::vector<float>> small(count_steps);
+  std::vector<Wide> wide(count_steps);
+  int64_t between = cols;
+  for (size_t i = 0; i < count_steps; ++i) {
+    Step& step = steps[i];
+    between = std::max(between, step.outs());
+    const Half* factor = static_cast<const Half*>(made.factors[i]);
+    if (step.kind == FIRST) {
+      small[i].resize(step.a * step.b);
+      widen(factor, small[i].data(), step.a * step.b);
+      step.factor = small[i].data();
+    } else if (step.kind == LAST) {
+      wide[i].factor = factor;
+      if (!few) pack_all(step, wide[i], x.options());
+    }
+  }
+
+  const int64_t block = std::min(n, std::max({int64_t(1), BLOCK_NUMBERS / between, BLOCK_ROWS / made.groups}));
+  at::parallel_for(0, n, few ? n : std::max<int64_t>(1, GRAIN / made.macs), [&](int64_t begin, int64_t end) {
+    thread_local std::vector<float> sums[2];
+    thread_local std::vector<Half> rounded[2];
+    for (int i = 0; i < 2; ++i) {
+      if (sums[i].size() < size_t(block * between)) sums[i].resize(block * between);
+      if (rounded[i].size() < size_t(block * between)) rounded[i].resize(block * between);
+    }
+    for (int64_t t = begin; t < end; t += block) {
+      const int64_t count = std::min(block, end - t);
+      const Half* halves = from + t * cols;  // what comes into a step: here, or else in ...
+      const float* in = nullptr;             // ... this
+      for (size_t i = 0; i < count_steps; ++i) {
+        const Step& step = steps[i];
+        const bool final = i + 1 == count_steps;
+        float* out = sums[i % 2].data();
+        if (step.kind == LAST) {
+          if (!halves) {
+            narrow(in, nullptr, rounded[i % 2].data(), count * step.ins());
+            halves = rounded[i % 2].data();
+          }
+          if (!few && (final || steps[i + 1].kind == LAST)) {
+            Half* next = final ? to + t * rows : rounded[(i + 1) % 2].data();
+            multiply_round(count * step.a, step, halves, wide[i], final ? added : nullptr, next);
+            halves = next;
+            continue;
+          }
+          (few ? multiply_few : multiply)(count * step.a, step, halves, wide[i], out);
+        } else {
+          if (halves) {
+            widen(halves, sums[(i + 1) % 2].data(), count * step.ins());
+            in = sums[(i + 1) % 2].data();
+          }
+          run(step, count, in, out, nullptr);
+        }
+        halves = nullptr;
+        in = out;
+      }
+      if (!halves)
+        for (int64_t k = 0; k < count; ++k) narrow(in + k * rows, added, to + (t + k) * rows, rows);
+    }
+    at::native::cpublas::brgemm_release();
+  });
+  return y;
+}
+
+}  // namespace half
+#endif

@@ -1,0 +1,110 @@
+"""The compiled kernel in bfloat16, on a processor that has units for it: sums are float32's, and each result is rounded."""
+
+import pytest
+import torch
+
+from compresskit.core.native import HALF_FEW, HALF_LARGEST, kernel
+from compresskit.decompositions.svd import LowRank
+from tests.kernels.cases import error, exact, layer_of, structure_of
+from tests.kernels.test_native import CHAINS, KRONECKER, others
+
+HALF = torch.bfloat16
+ROUNDED = 2.0**-9  # relative, of one number
+
+
+@pytest.fixture
+def half(native, monkeypatch):
+    if not torch.ops.compresskit.half_products.default():
+        pytest.skip("this processor multiplies no bfloat16 (AVX-512 with bfloat16, or AMX)")
+    monkeypatch.setattr(kernel, "_types", (torch.float32, HALF))
+    return native
+
+
+def taken(structure, tokens):
+    return structure.native is not None and structure.native.takes_half(tokens)
+
+
+@pytest.mark.parametrize("structure", [*KRONECKER, *CHAINS, *others()], ids=str)
+def test_products_are_exact_but_for_rounding(structure, half):
+    layer = layer_of(structure, HALF)
+    with torch.inference_mode():
+        for shape in ((0,), (1,), (3,), (17,), (2, 0), (2, 3, 67)):
+            x = torch.randn(*shape, structure.cols, generator=torch.Generator().manual_seed(1)).to(HALF)
+            before = len(half)
+            y = layer(x)
+            assert len(half) == before + taken(structure, x.numel() // structure.cols)
+            assert y.dtype is HALF
+            assert y.shape == (*shape, structure.rows)
+            assert y.is_contiguous()
+            assert not x.numel() or error(y, exact(layer, x)) < 3 * ROUNDED
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 16, 17, 33, 64, 65, 500])
+def test_threads_share_tokens_or_products(threads, tokens, half):
+    before = torch.get_num_threads()
+    torch.manual_seed(0)
+    dense = torch.nn.Linear(256, 256, dtype=HALF)  # PyTorch's own products set up the same units
+    try:
+        torch.set_num_threads(threads)
+        for structure in (
+            structure_of((4, 2), (192, 320), 2, True),
+            structure_of((2, 8), (150, 90), 1, False),
+            LowRank(1010, 1280, 300),
+        ):
+            layer, x = layer_of(structure, HALF), torch.randn(tokens, structure.cols).to(HALF)
+            with torch.inference_mode():
+                dense(torch.randn(tokens, 256).to(HALF))
+                assert error(layer(x), exact(layer, x)) < 3 * ROUNDED
+    finally:
+        torch.set_num_threads(before)
+    assert len(half) == 3
+
+
+def test_more_exact_than_products_that_are_rounded_between(half):
+    layer, x = layer_of(structure_of((4, 4), (96, 96), 1, True), HALF), torch.randn(200, 384).to(HALF)
+    with torch.inference_mode():
+        ours = error(layer(x), exact(layer, x))
+        kernel.allowed = False
+        try:
+            assert ours < error(layer(x), exact(layer, x))
+        finally:
+            kernel.allowed = True
+    assert len(half) == 1
+
+
+def test_what_is_no_number_stays_none(half):
+    layer, x = layer_of(LowRank(96, 72, 16), HALF), torch.randn(3, 72).to(HALF)
+    x[1, 5], x[2, 5] = float("nan"), float("inf")
+    with torch.inference_mode():
+        y = layer(x)
+    assert y[0].isfinite().all()
+    assert y[1].isnan().all()
+    assert not y[2].isfinite().any()
+    assert half
+
+
+def test_training_and_unpaired_factors_are_left_to_pytorch(half):
+    layer, x = layer_of(structure_of((4, 2), (34, 40), 1, True), HALF), torch.randn(70, 80, dtype=HALF)
+    layer(x).sum().backward()
+    odd = layer_of(LowRank(96, 72, 5), HALF)
+    with torch.inference_mode():
+        assert error(odd(torch.randn(7, 72, dtype=HALF)), torch.zeros(1)) > 0
+    assert not half
+
+
+def test_factors_that_no_cache_holds_are_left_to_pytorch_from_some_tokens_on():
+    native = LowRank(4096, 4096, 512).native
+    assert 4096 * 512 >= HALF_LARGEST
+    assert native.takes_half(HALF_FEW)
+    assert not native.takes_half(HALF_FEW + 1)
+    assert LowRank(768, 768, 96).native.takes_half(10**6)
+
+
+def test_bias_and_factors_of_another_type_are_refused(half):
+    op = torch.ops.compresskit.chain.default
+    x, factor = torch.randn(3, 20, dtype=HALF), torch.randn(6, 20, dtype=HALF)
+    with pytest.raises(RuntimeError, match="a factor of 120 numbers in bfloat16"):
+        op(x, [factor.float()], (0, 1, 20, 6), None)
+    with pytest.raises(RuntimeError, match=r"\(\.\.\., 6\) in bfloat16"):
+        op(x, [factor], (0, 1, 20, 6), torch.randn(6))
