@@ -227,11 +227,8 @@ def test_a_factor_that_has_to_be_called_is_called(native):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_it_is_one_operation_of_a_compiled_layer(dynamic, native):
-    for structure in (
-        structure_of((4, 2), (8, 10), 2, True),
-        structure_of((4, 2), (8, 10), 1, False),
-        LowRank(32, 20, 6),
-    ):
+    products = (structure_of((4, 2), (8, 10), terms, terms > 1) for terms in (1, 2))
+    for structure in (*products, LowRank(32, 20, 6)):
         torch.compiler.reset()
         layer = layer_of(structure, torch.float32)
         with torch.no_grad():
