@@ -49,19 +49,25 @@ class Native:
         return tuple(self.factors.index(name) for name in self.backward_factors)
 
     @cached_property
-    def half(self) -> tuple[bool, int, int]:
-        """Whether the matrix units can read the factors (they take pairs); numbers of the largest; rows of a token."""
-        wide = [(g, i, o) for kind, g, i, o in zip(*(self.plan[k::4] for k in range(4)), strict=True) if kind == 0]
-        paired = bool(wide) and all(ins % 2 == 0 for _, ins, _ in wide)
-        return paired, max((i * o for _, i, o in wide), default=0), min((g for g, _, _ in wide), default=1)
+    def _products(self) -> tuple[bool, int, int]:
+        """Of the last axis: whether the matrix units are good at them; numbers of the largest factor, and in how many
+        rows they cut a token at least."""
+        steps = list(zip(*(self.plan[k::4] for k in range(4)), strict=True))
+        last = [(rows, ins, outs) for kind, rows, ins, outs in steps if kind == 0]
+        if len(last) == len(steps):  # nothing between them to win
+            good = all(ins % 16 == 0 for _, ins, _ in last)
+        else:
+            good = all(ins % 2 == 0 and (ins % 8 == 0 or ins < 64) for _, ins, _ in last)
+        return good, max((i * o for _, i, o in last), default=0), min((r for r, _, _ in last), default=1)
 
     def takes_half(self, tokens: int) -> bool:
-        """Whether so many tokens in bfloat16 are for the kernel: few of them, or factors that a core's cache holds.
+        """Whether so many tokens in bfloat16 are for the kernel.
 
-        Measured: 0.7 to 1.0 times as fast as PyTorch with factors of 4096 x 512 and 128 tokens or more.
+        Measured: rows that end oddly within a tile of the matrix units are multiplied up to ten times as slowly, and
+        factors that no cache holds as fast by PyTorch, but for a few tokens.
         """
-        paired, largest, groups = self.half
-        return paired and (largest < HALF_LARGEST or tokens * groups <= HALF_FEW)
+        good, numbers, rows = self._products
+        return good and (numbers < HALF_LARGEST or tokens * rows <= HALF_FEW)
 
 
 Product = Callable[..., Tensor]

@@ -7,7 +7,7 @@ namespace half {
 
 using Half = at::BFloat16;
 
-constexpr int64_t PANEL = 64;         // columns of a packed factor that lie together
+constexpr int64_t PANEL = 64;            // columns of a packed factor that lie together
 constexpr int64_t TILE = 16;          // columns that the units read at once
 constexpr int64_t GRAIN = 1 << 20;    // multiply-adds that are worth another thread
 constexpr int64_t FEW_ROWS = 64;      // of a product up to which its input is packed and not its factor
@@ -72,14 +72,13 @@ void pack(const Half* x, int64_t rows, int64_t ins, int64_t width, Half* y) {
 // A step of the last axis: its factor (outs, ins), and the same in panels, each (ins / 2, PANEL, 2), without any for few rows
 struct Wide {
   const Half* factor;
-  at::Tensor held;
   const Half* packed = nullptr;
 };
 
-void pack_all(const Step& step, Wide& wide, const at::TensorOptions& options) {
-  const int64_t panels = (step.c + PANEL - 1) / PANEL;
-  wide.held = at::empty({panels * PANEL * step.b}, options);
-  Half* to = wide.held.mutable_data_ptr<Half>();
+void pack_all(const Step& step, Wide& wide, std::vector<Half>& kept) {
+  const int64_t panels = (step.c + PANEL - 1) / PANEL, numbers = panels * PANEL * step.b;
+  if (kept.size() < size_t(numbers)) kept.resize(numbers);
+  Half* to = kept.data();
   at::parallel_for(0, panels, 1 + PACK_GRAIN / (PANEL * step.b), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p)
       pack(wide.factor + p * PANEL * step.b, std::min(PANEL, step.c - p * PANEL), step.b, PANEL, to + p * PANEL * step.b);
@@ -155,6 +154,8 @@ at::Tensor chain(Chain& made, const at::Tensor& x, const std::optional<at::Tenso
   const bool few = n * made.groups <= FEW_ROWS;
   std::vector<std::vector<float>> small(count_steps);
   std::vector<Wide> wide(count_steps);
+  thread_local std::vector<std::vector<Half>> packed;  // for later calls: fresh pages take longer than packing
+  if (packed.size() < count_steps) packed.resize(count_steps);
   int64_t between = cols;
   for (size_t i = 0; i < count_steps; ++i) {
     Step& step = steps[i];
@@ -165,8 +166,9 @@ at::Tensor chain(Chain& made, const at::Tensor& x, const std::optional<at::Tenso
       widen(factor, small[i].data(), step.a * step.b);
       step.factor = small[i].data();
     } else if (step.kind == LAST) {
+      TORCH_CHECK(step.b % 2 == 0, "compresskit: bfloat16 is multiplied in pairs, and ", step.b, " is odd");
       wide[i].factor = factor;
-      if (!few) pack_all(step, wide[i], x.options());
+      if (!few) pack_all(step, wide[i], packed[i]);
     }
   }
 

@@ -2,21 +2,34 @@
 
 import statistics
 
+import pytest
+
 from tests.benchmarks.test_readme_tables import line_of, results_of, rows_below
 
 NAMES = {"kronecker": "Kronecker", "svd": "SVD", "tucker": "Tucker", "tensor-train": "tensor train"}
 COLUMNS = (("forward", "1"), ("forward", "16"), ("forward", "128"), ("forward", "1024"), ("step", "128"))
 
 
-def compiled(suite):
-    return [result for result in results_of(suite) if result["configuration"].get("kernel") == "compiled"]
+SECTIONS = {
+    "The compiled kernel": ("float32", "eager"),
+    "In bfloat16": ("bfloat16", "eager"),
+    "In a compiled layer": ("float32", "compile"),
+}
+
+
+def compiled(suite, section):
+    for result in results_of(suite):
+        configuration = result["configuration"]
+        how = configuration.get("dtype", "float32"), configuration.get("mode", "eager")
+        if configuration.get("kernel") == "compiled" and how == SECTIONS[section]:
+            yield result
 
 
 def layer_row(result):
     """Median share of the limit by PyTorch and by the kernel, and the kernel's worst."""
     configuration, structures = result["configuration"], result["figures"]["structures"].values()
     cells = [f"{NAMES[configuration['method']]} {configuration['shape'].replace('x', ' x ')} ({len(structures)})"]
-    for kind, count in COLUMNS:
+    for kind, count in COLUMNS[: 4 + bool(configuration["step_tokens"])]:
         plain, ours = ([of[kind][count] / s["limit"] for s in structures for of in (way(s),)] for way in WAYS)
         cells.append(f"{statistics.median(plain):.2f} → {statistics.median(ours):.2f} ({min(ours):.2f})")
     slower = []
@@ -41,13 +54,15 @@ def model_rows(results):
     return [line_of([shape, model, str(tokens), *cells]) for (shape, tokens, model), cells in found.items()]
 
 
-def test_layers():
-    wanted = [layer_row(result) for result in compiled("layers")]
+@pytest.mark.parametrize("section", SECTIONS)
+def test_layers(section):
+    wanted = [layer_row(result) for result in compiled("layers", section)]
     assert wanted
-    assert sorted(rows_below("The compiled kernel", NAMES.values())) == sorted(wanted)
+    assert sorted(rows_below(section, NAMES.values())) == sorted(wanted)
 
 
-def test_whole_models():
-    wanted = model_rows(compiled("model-speed"))
+@pytest.mark.parametrize("section", [*SECTIONS][:2])
+def test_whole_models(section):
+    wanted = model_rows(compiled("model-speed", section))
     assert wanted
-    assert sorted(rows_below("The compiled kernel", ("minilm-l6", "bert-base"))) == sorted(wanted)
+    assert sorted(rows_below(section, ("minilm-l6", "bert-base"))) == sorted(wanted)
