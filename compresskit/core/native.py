@@ -24,6 +24,8 @@ HALF_LARGEST = 2**20
 """Numbers of a factor from which PyTorch's own products are as fast in bfloat16, ..."""
 HALF_FEW = 64
 """... unless so few rows are multiplied by it; as `FEW_ROWS` in native_half.hpp."""
+HALF_PLAIN = 256
+"""Tokens from which PyTorch is as fast at products with nothing between them."""
 
 
 @final
@@ -49,25 +51,23 @@ class Native:
         return tuple(self.factors.index(name) for name in self.backward_factors)
 
     @cached_property
-    def _products(self) -> tuple[bool, int, int]:
-        """Of the last axis: whether the matrix units are good at them; numbers of the largest factor, and in how many
-        rows they cut a token at least."""
+    def _products(self) -> tuple[bool, bool, int, int]:
+        """Of the last axis: whether they are all there is, of whole tokens; whether the matrix units are good at them;
+        numbers of the largest factor, and in how many rows they cut a token at least."""
         steps = list(zip(*(self.plan[k::4] for k in range(4)), strict=True))
         last = [(rows, ins, outs) for kind, rows, ins, outs in steps if kind == 0]
-        if len(last) == len(steps):  # nothing between them to win
-            good = all(ins % 16 == 0 for _, ins, _ in last)
-        else:
-            good = all(ins % 2 == 0 and (ins % 8 == 0 or ins < 64) for _, ins, _ in last)
-        return good, max((i * o for _, i, o in last), default=0), min((r for r, _, _ in last), default=1)
+        plain = len(last) == len(steps) and all(rows == 1 for rows, _, _ in last)
+        good = all(ins % 16 == 0 if plain else ins % 2 == 0 and (ins % 8 == 0 or ins < 64) for _, ins, _ in last)
+        return plain, good, max((i * o for _, i, o in last), default=0), min((r for r, _, _ in last), default=1)
 
     def takes_half(self, tokens: int) -> bool:
         """Whether so many tokens in bfloat16 are for the kernel.
 
-        Measured: rows that end oddly within a tile of the matrix units are multiplied up to ten times as slowly, and
-        factors that no cache holds as fast by PyTorch, but for a few tokens.
+        Measured: rows that end oddly within a tile of the matrix units are multiplied up to ten times as slowly;
+        factors that no cache holds, and plain products of many tokens, as fast by PyTorch.
         """
-        good, numbers, rows = self._products
-        return good and (numbers < HALF_LARGEST or tokens * rows <= HALF_FEW)
+        plain, good, numbers, rows = self._products
+        return good and (tokens * rows <= HALF_FEW or (numbers < HALF_LARGEST and not (plain and tokens > HALF_PLAIN)))
 
 
 Product = Callable[..., Tensor]
