@@ -149,6 +149,8 @@ class FactorizedLinear(FactorizedModule):
         """The same by the compiled kernel, where no factor has to be called."""
         if native.backward is None and torch.is_grad_enabled():
             return None
+        if x.dtype is torch.bfloat16 and not native.takes_half(x.numel() // self.in_features):
+            return None
         factors = [tensor for name in native.factors if (tensor := plain_matrix(self._own(name))) is not None]
         if len(factors) < len(native.factors):
             return None

@@ -146,7 +146,8 @@ class Kernel:
     def chain(
         self, x: Tensor, factors: Sequence[Tensor], native: Native, bias: Tensor | None, product: Product
     ) -> Tensor | None:
-        """x (..., cols) -> (..., rows), plus bias, for an x that it `takes`; None where PyTorch trains the layer.
+        """x (..., cols) -> (..., rows), plus bias, for an x that it `takes` (and `native.takes_half` of it, in bfloat16);
+        None where PyTorch trains the layer.
 
         Args:
             factors: plain tensors of the type and on the device of x, in the order of the steps.
@@ -162,8 +163,6 @@ class Kernel:
             if native.backward is None or x.dtype is not torch.float32 or torch.compiler.is_compiling():
                 return None
             y = _Chain.apply(self._ops, native, product, x, bias, *factors)  # type: ignore[no-untyped-call]
-        elif x.dtype is torch.bfloat16 and not native.takes_half(x.numel() // x.shape[-1]):
-            return None
         else:
             y = self._ops[0](x, factors, native.plan, bias)
         return y
