@@ -146,8 +146,9 @@ class Kernel:
     def chain(
         self, x: Tensor, factors: Sequence[Tensor], native: Native, bias: Tensor | None, product: Product
     ) -> Tensor | None:
-        """x (..., cols) -> (..., rows), plus bias, for an x that it `takes` (in bfloat16: and `native.takes_half`); None
-        where PyTorch trains the layer.
+        """x (..., cols) -> (..., rows), plus bias, for an x that it `takes` (in bfloat16 `native.takes_half` too).
+
+        None where PyTorch trains the layer.
 
         Args:
             factors: plain tensors of the type and on the device of x, in the order of the steps.
