@@ -97,7 +97,8 @@ class Kernel:
         self.allowed = True
         """`use_kernels` says so."""
         self._ops: Any = None
-        self._types: tuple[torch.dtype, ...] = ()
+        self.types: tuple[torch.dtype, ...] = ()
+        """That it computes in on this processor, once it is loaded."""
         self._looked = False
 
     @property
@@ -130,14 +131,14 @@ class Kernel:
                 return
             torch.library.register_fake("compresskit::chain", _chain_of_shapes)
         ops = torch.ops.compresskit
-        self._types = (torch.float32, torch.bfloat16) if ops.half_products.default() else (torch.float32,)
+        self.types = (torch.float32, torch.bfloat16) if ops.half_products.default() else (torch.float32,)
         self._ops, self._looked = (ops.chain.default, ops.chain_backward.default), True
 
     def takes(self, x: Tensor) -> bool:
         """Whether it may compute from this input now: not where a transformation, an export or a mode looks on."""
         if not self.allowed or (self._ops is None and not self.loaded):
             return False
-        if x.dtype not in self._types or not x.is_cpu or type(x) is not Tensor or torch.is_autocast_enabled("cpu"):
+        if x.dtype not in self.types or not x.is_cpu or type(x) is not Tensor or torch.is_autocast_enabled("cpu"):
             return False
         if torch.compiler.is_compiling():
             return not torch.compiler.is_exporting()

@@ -56,16 +56,20 @@ class KernelState:
         built: whether the kernel is there, for this version of PyTorch and this processor, and can be loaded.
         path: of its file.
         compiler: that would compile it; None without one.
+        types: that it computes in, `float32` and, where the processor has units for it, `bfloat16`; none while there is
+            no kernel.
     """
 
     built: bool
     path: Path
     compiler: str | None
+    types: tuple[str, ...] = ()
 
 
 def kernel_state() -> KernelState:
     """Whether layers on this processor have their compiled kernel."""
-    return KernelState(kernel.loaded, library_path(), compiler())
+    types = tuple(str(dtype).removeprefix("torch.") for dtype in kernel.types) if kernel.loaded else ()
+    return KernelState(kernel.loaded, library_path(), compiler(), types)
 
 
 def build_kernels(*, force: bool = False) -> Path:

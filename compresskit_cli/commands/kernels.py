@@ -27,9 +27,13 @@ def command(build: bool, force: bool, as_json: bool) -> None:
             build_kernels(force=force)
     state = kernel_state()
     if as_json:
-        click.echo(json.dumps({"built": state.built, "path": str(state.path), "compiler": state.compiler}, indent=1))
+        said = {"built": state.built, "path": str(state.path), "compiler": state.compiler, "types": state.types}
+        click.echo(json.dumps(said, indent=1))
     elif state.built:
         render.say(f"The kernel for this machine and this version of PyTorch is there and used: {state.path}")
+        render.say(
+            f"It computes in {' and '.join(state.types)}; layers of other types run by PyTorch's own operations."
+        )
     else:
         how = f"with {state.compiler}" if state.compiler else "once a C++ compiler (g++, clang++) is installed"
         render.say(

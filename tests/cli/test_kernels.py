@@ -20,11 +20,14 @@ def test_it_is_compiled_once_and_then_there(cli: Cli, no_kernel: Path) -> None:
     outcome = cli("kernels", "--build", "--json")
     assert (outcome.status, outcome.err) == (0, "")
     found = json.loads(outcome.out)
+    types = found.pop("types")
+    assert types in (["float32"], ["float32", "bfloat16"])
     assert found == {"built": True, "path": str(native_build.library_path()), "compiler": native_build.compiler()}
     made = Path(found["path"]).stat().st_mtime_ns
     outcome = cli("kernels", "--build")
     assert (outcome.status, outcome.err) == (0, "")
     assert outcome.out.startswith("The kernel for this machine and this version of PyTorch is there and used: ")
+    assert f"It computes in {' and '.join(types)};" in outcome.out
     assert Path(found["path"]).stat().st_mtime_ns == made
     assert [path.name for path in no_kernel.iterdir()] == [Path(found["path"]).name]
 

@@ -16,7 +16,7 @@ ROUNDED = 2.0**-9  # relative, of one number
 def half(native, monkeypatch):
     if not torch.ops.compresskit.half_products.default():
         pytest.skip("this processor multiplies no bfloat16 (AVX-512 with bfloat16, or AMX)")
-    monkeypatch.setattr(kernel, "_types", (torch.float32, HALF))
+    monkeypatch.setattr(kernel, "types", (torch.float32, HALF))
     return native
 
 
