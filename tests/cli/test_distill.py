@@ -1,6 +1,7 @@
 """`compresskit distill` and `compresskit presets`: a student from a command, its preset edited, and what is refused."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -131,7 +132,8 @@ def test_an_interrupted_command_resumes_to_the_same_bits(cli: Cli, place: Path) 
     asked: tuple[Any, ...] = (*ASKED, "--corpus", "text", *SHORT, "--max-steps", "4", "--eval-steps", "2")
     assert cli(*asked, "-o", "whole").status == 0
     root = Path(compresskit.__file__).parents[1]
-    environment = {"PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""}
+    own = {"PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""}
+    environment = own | {"COMPRESSKIT_CACHE": os.environ["COMPRESSKIT_CACHE"]}  # no kernel of the machine's
     start = [sys.executable, "-c", "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)" + DISTILL]
     with subprocess.Popen(
         [*start, *asked, "-o", "cut"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment

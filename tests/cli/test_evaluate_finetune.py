@@ -1,6 +1,7 @@
 """`compresskit finetune` and `compresskit evaluate`: a teacher, a compressed student, and what they refuse."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -189,7 +190,8 @@ def test_a_killed_command_resumes_to_the_same_bits(cli: Cli, place: Path) -> Non
     root = Path(compresskit.__file__).parents[1]
     before = fingerprint(place / "encoder")
     command = [sys.executable, "-c", TRAIN, *asked, "killed"]
-    environment = {"PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""}
+    own = {"PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""}
+    environment = own | {"COMPRESSKIT_CACHE": os.environ["COMPRESSKIT_CACHE"]}  # no kernel of the machine's
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "waiting\n"
