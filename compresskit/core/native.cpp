@@ -166,20 +166,27 @@ void swap_from(const float* x, float* y, int64_t rows) {
     for (int v = 0; v < SIDE; ++v) y[v * rows + i] = x[i * SIDE + v];
 }
 
+// SIDE vectors, the rows of a grid (SIDE, LANES), become its transpose (LANES, SIDE), one number behind the other
+template <int SIDE>
+inline void interleave(Lanes (&now)[SIDE]) {
+  Lanes next[SIDE];
+  for (int bits = 1; bits < SIDE; bits *= 2) {
+    for (int v = 0; v < SIDE / 2; ++v) {
+      next[2 * v] = zipped(now[v], now[v + SIDE / 2], each);
+      next[2 * v + 1] = zipped_late(now[v], now[v + SIDE / 2], each);
+    }
+    for (int v = 0; v < SIDE; ++v) now[v] = next[v];
+  }
+}
+
 // (SIDE, cols) -> (cols, SIDE): the same the other way round
 template <int SIDE>
 void swap_into(const float* x, float* y, int64_t cols) {
   int64_t i = 0;
   for (; i + LANES <= cols; i += LANES) {
-    Lanes now[SIDE], next[SIDE];
+    Lanes now[SIDE];
     for (int v = 0; v < SIDE; ++v) now[v] = *(const Lanes*)(x + v * cols + i);
-    for (int bits = 1; bits < SIDE; bits *= 2) {
-      for (int v = 0; v < SIDE / 2; ++v) {
-        next[2 * v] = zipped(now[v], now[v + SIDE / 2], each);
-        next[2 * v + 1] = zipped_late(now[v], now[v + SIDE / 2], each);
-      }
-      for (int v = 0; v < SIDE; ++v) now[v] = next[v];
-    }
+    interleave<SIDE>(now);
     for (int v = 0; v < SIDE; ++v) *(Lanes*)(y + i * SIDE + v * LANES) = now[v];
   }
   for (; i < cols; ++i)
@@ -229,7 +236,6 @@ struct Chain {
   std::vector<Step> steps;
   std::vector<at::Tensor> held;  // contiguous copies, or the tensors themselves
   std::vector<int64_t> factor_of;  // of each step its factor's number, -1 without one
-  std::vector<const void*> factors;  // of each step; null without one
   int64_t last = -1, cols, rows, macs = 0, groups = 1 << 20, numbers = 0;
 
   Chain(at::TensorList given, at::IntArrayRef plan, at::ScalarType type = at::kFloat) {
@@ -238,7 +244,6 @@ struct Chain {
       Step step{plan[i], plan[i + 1], plan[i + 2], plan[i + 3], nullptr};
       TORCH_CHECK(step.kind >= LAST && step.kind <= SWAP, "compresskit: a step of kind ", step.kind);
       factor_of.push_back(-1);
-      factors.push_back(nullptr);
       if (step.kind != SWAP) {
         TORCH_CHECK(used < given.size(), "compresskit: more steps than factors");
         factor_of.back() = used;
@@ -247,7 +252,6 @@ struct Chain {
         TORCH_CHECK(factor.numel() == expected && factor.scalar_type() == type && factor.is_cpu(),
                     "compresskit: a factor of ", expected, " numbers in ", name_of(type), " on the processor is expected");
         held.push_back(factor.contiguous());
-        factors.back() = held.back().const_data_ptr();
         if (type == at::kFloat) step.factor = held.back().const_data_ptr<float>();
         last = steps.size();
         macs += step.macs();

@@ -38,15 +38,9 @@ void narrow(const float* x, const float* added, Half* y, int64_t count) {
 // y (16, 16) = x (16, 16).T, rows `x_step` and `y_step` apart; the first `some` rows of y. Numbers are moved, never
 // computed with: they may be pairs of others.
 inline void transpose(const float* x, int64_t x_step, float* y, int64_t y_step, int64_t some = TILE) {
-  Lanes now[TILE], next[TILE];
+  Lanes now[TILE];
   for (int v = 0; v < TILE; ++v) now[v] = *(const Lanes*)(x + v * x_step);
-  for (int bits = 1; bits < TILE; bits *= 2) {
-    for (int v = 0; v < TILE / 2; ++v) {
-      next[2 * v] = zipped(now[v], now[v + TILE / 2], each);
-      next[2 * v + 1] = zipped_late(now[v], now[v + TILE / 2], each);
-    }
-    for (int v = 0; v < TILE; ++v) now[v] = next[v];
-  }
+  interleave<TILE>(now);
   for (int v = 0; v < some; ++v) *(Lanes*)(y + v * y_step) = now[v];
 }
 
@@ -160,12 +154,13 @@ at::Tensor chain(Chain& made, const at::Tensor& x, const std::optional<at::Tenso
   for (size_t i = 0; i < count_steps; ++i) {
     Step& step = steps[i];
     between = std::max(between, step.outs());
-    const Half* factor = static_cast<const Half*>(made.factors[i]);
+    if (step.kind == SWAP) continue;
+    const Half* factor = made.held[made.factor_of[i]].const_data_ptr<Half>();
     if (step.kind == FIRST) {
       small[i].resize(step.a * step.b);
       widen(factor, small[i].data(), step.a * step.b);
       step.factor = small[i].data();
-    } else if (step.kind == LAST) {
+    } else {
       TORCH_CHECK(step.b % 2 == 0, "compresskit: bfloat16 is multiplied in pairs, and ", step.b, " is odd");
       wide[i].factor = factor;
       if (!few) pack_all(step, wide[i], packed[i]);

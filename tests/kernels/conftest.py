@@ -1,6 +1,7 @@
 """The compiled kernel for processors, made once for the tests that use it; all others run without it."""
 
 import pytest
+import torch
 
 from compresskit.core import native_build
 from compresskit.core.native import kernel
@@ -41,3 +42,12 @@ def native(kernel_folder, monkeypatch):
     monkeypatch.setattr(kernel, "_looked", True)
     yield calls
     native_build.library_path.cache_clear()
+
+
+@pytest.fixture
+def threads(request):
+    """So many threads as a test is parametrised with, indirectly."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

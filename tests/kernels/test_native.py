@@ -54,22 +54,17 @@ def test_products_are_exact(structure, native):
                 assert not x.numel() or error(y, exact(layer, x)) < 1e-6
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("threads", [1, 2, 5], indirect=True)
 @pytest.mark.parametrize("tokens", [1, 2, 7, 64, 1000])
 def test_threads_share_tokens_or_steps(threads, tokens, native):
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        for structure in (
-            structure_of((4, 2), (192, 320), 2, True),
-            structure_of((2, 8), (160, 96), 1, False),
-            LowRank(1024, 1280, 300),
-        ):
-            layer, x = layer_of(structure, torch.float32), torch.randn(tokens, structure.cols)
-            with torch.inference_mode():
-                assert error(layer(x), exact(layer, x)) < 1e-6
-    finally:
-        torch.set_num_threads(before)
+    for structure in (
+        structure_of((4, 2), (192, 320), 2, True),
+        structure_of((2, 8), (160, 96), 1, False),
+        LowRank(1024, 1280, 300),
+    ):
+        layer, x = layer_of(structure, torch.float32), torch.randn(tokens, structure.cols)
+        with torch.inference_mode():
+            assert error(layer(x), exact(layer, x)) < 1e-6
     assert len(native) == 3
 
 
@@ -95,25 +90,20 @@ def gradients(layer, x, upstream, wanted=None):
     return torch.autograd.grad(layer(x), chosen, upstream)
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("threads", [1, 3], indirect=True)
 @pytest.mark.parametrize(
     "structure", [s for s in KRONECKER if s.native and s.native.backward and s.small != (1, 1)], ids=str
 )
 def test_gradients_are_exact(structure, threads, native):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for tokens in (0, 1, 5, 300):
-            layer, x = layer_of(structure, torch.float32), torch.randn(tokens, structure.cols)
-            upstream = torch.randn(tokens, structure.rows)
-            found = gradients(layer, x, upstream)
-            double = copy.deepcopy(layer).double()
-            wanted = gradients(double, x.detach().double(), upstream.double())
-            for ours, theirs in zip(found, wanted, strict=True):
-                assert ours.shape == theirs.shape
-                assert not tokens or error(ours, theirs) < 2e-5
-    finally:
-        torch.set_num_threads(before)
+    for tokens in (0, 1, 5, 300):
+        layer, x = layer_of(structure, torch.float32), torch.randn(tokens, structure.cols)
+        upstream = torch.randn(tokens, structure.rows)
+        found = gradients(layer, x, upstream)
+        double = copy.deepcopy(layer).double()
+        wanted = gradients(double, x.detach().double(), upstream.double())
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert ours.shape == theirs.shape
+            assert not tokens or error(ours, theirs) < 2e-5
     assert native == ["forward", "backward"] * 4
 
 

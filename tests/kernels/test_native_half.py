@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import compresskit
 from compresskit.core.native import HALF_FEW, HALF_LARGEST, HALF_PLAIN, kernel
 from compresskit.decompositions.svd import LowRank
 from tests.kernels.cases import error, exact, layer_of, structure_of
@@ -39,25 +40,20 @@ def test_products_are_exact_but_for_rounding(structure, half):
             assert not x.numel() or error(y, exact(layer, x)) < 3 * ROUNDED
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("threads", [1, 2, 5], indirect=True)
 @pytest.mark.parametrize("tokens", [1, 2, 7, 16, 17, 33, 64, 65, 500])
 def test_threads_share_tokens_or_products(threads, tokens, half):
-    before = torch.get_num_threads()
     torch.manual_seed(0)
     dense = torch.nn.Linear(256, 256, dtype=HALF)  # PyTorch's own products set up the same units
-    try:
-        torch.set_num_threads(threads)
-        for structure in (
-            structure_of((4, 2), (192, 320), 2, True),
-            structure_of((2, 8), (150, 88), 1, False),
-            LowRank(1010, 1280, 304),
-        ):
-            layer, x = layer_of(structure, HALF), torch.randn(tokens, structure.cols).to(HALF)
-            with torch.inference_mode():
-                dense(torch.randn(tokens, 256).to(HALF))
-                assert error(layer(x), exact(layer, x)) < 3 * ROUNDED
-    finally:
-        torch.set_num_threads(before)
+    for structure in (
+        structure_of((4, 2), (192, 320), 2, True),
+        structure_of((2, 8), (150, 88), 1, False),
+        LowRank(1010, 1280, 304),
+    ):
+        layer, x = layer_of(structure, HALF), torch.randn(tokens, structure.cols).to(HALF)
+        with torch.inference_mode():
+            dense(torch.randn(tokens, 256).to(HALF))
+            assert error(layer(x), exact(layer, x)) < 3 * ROUNDED
     assert len(half) == 3 - (tokens > HALF_PLAIN)
 
 
@@ -65,11 +61,8 @@ def test_more_exact_than_products_that_are_rounded_between(half):
     layer, x = layer_of(structure_of((4, 4), (96, 96), 1, True), HALF), torch.randn(200, 384).to(HALF)
     with torch.inference_mode():
         ours = error(layer(x), exact(layer, x))
-        kernel.allowed = False
-        try:
+        with compresskit.use_kernels("pytorch"):
             assert ours < error(layer(x), exact(layer, x))
-        finally:
-            kernel.allowed = True
     assert len(half) == 1
 
 
