@@ -274,10 +274,23 @@ print(kernel.loaded)
 """
 
 
-def later(folder):
+COMPILED_FIRST = """
+import torch, compresskit
+layer = compresskit.SVD().fit(torch.randn(64, 64), ratio=4).to_module()
+targets = []
+def backend(graph, inputs):
+    targets.extend(str(node.target) for node in graph.graph.nodes)
+    return graph.forward
+with torch.no_grad():
+    torch.compile(layer, fullgraph=True, backend=backend)(torch.randn(3, 64))
+print("compresskit.chain.default" in targets)
+"""
+
+
+def later(folder, script=LATER):
     """What a new process says: whether it uses the kernel, and warnings."""
     environment = os.environ | {"COMPRESSKIT_CACHE": str(folder)}
-    done = subprocess.run([sys.executable, "-c", LATER], env=environment, check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True)
     return done.stdout.strip(), done.stderr
 
 
@@ -291,6 +304,11 @@ def test_gradients_that_do_not_fit_are_refused(kernel_folder):
 
 def test_a_later_process_finds_it(kernel_folder):
     assert later(kernel_folder[0]) == ("True", "")
+
+
+def test_a_compiler_finds_it_before_any_layer_has_run(kernel_folder, tmp_path):
+    assert later(kernel_folder[0], COMPILED_FIRST)[0] == "True"
+    assert later(tmp_path, COMPILED_FIRST)[0] == "False"
 
 
 @pytest.mark.skipif(native_build.compiler() is None, reason="needs a C++ compiler")

@@ -5,6 +5,7 @@ import torch
 
 import compresskit
 from compresskit.core.native import HALF_FEW, HALF_LARGEST, HALF_PLAIN, kernel
+from compresskit.core.native_build import INCLUDED
 from compresskit.decompositions.svd import LowRank
 from tests.kernels.cases import error, exact, layer_of, structure_of
 from tests.kernels.test_native import CHAINS, KRONECKER, others
@@ -128,6 +129,10 @@ def test_training_is_left_to_pytorch(half):
     layer, x = layer_of(structure_of((4, 2), (34, 40), 1, True), HALF), torch.randn(70, 80, dtype=HALF)
     layer(x).sum().backward()
     assert not half
+
+
+def test_both_sides_call_the_same_rows_few():
+    assert f"FEW_ROWS = {HALF_FEW};" in INCLUDED.read_text("utf-8")
 
 
 def test_factors_that_no_cache_holds_are_left_to_pytorch_from_some_tokens_on():
