@@ -33,7 +33,7 @@ class Steps:
 
     Args:
         model: of `benchmarks.models`.
-        method, ratio: of the student, a compressed copy.
+        method, ratio: of the student, a compressed copy; without a method, a dense one.
         batch, tokens: size of the batch; the texts are from half as long as `tokens` to `tokens` long if `padded`.
         dropout: whether the model keeps its own.
         bf16: passes under autocast, those by hand as PyTorch does them; losses in float32.
@@ -42,7 +42,7 @@ class Steps:
     def __init__(
         self,
         model: str,
-        method: str,
+        method: str | None,
         ratio: float,
         batch: int,
         tokens: int,
@@ -57,7 +57,8 @@ class Steps:
         if not dropout:
             _without_dropout(self.teacher)
         self.student = copy.deepcopy(self.teacher)
-        compresskit.compress(self.student, method, ratio=ratio)
+        if method is not None:
+            compresskit.compress(self.student, method, ratio=ratio)
         self.batch = _batch(self.teacher.config.vocab_size, batch, tokens, padded, seed)
         self.trainer = DistillationTrainer(
             self.teacher,

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, final
 
 from benchmarks.experiments import Experiment, Outcome
-from benchmarks.timing import against, interleave, median_ratio, run_process, time_call
+from benchmarks.timing import WAYS, against, interleave, median_ratio, run_process, time_call, without_kernel
 
 MAX_RATIO = 1.1
 """Target at the real model: time, and peak memory, against the step by hand."""
@@ -33,12 +33,14 @@ class DistillStep(Experiment):
         batch, tokens: size of the batch.
         dtype: bfloat16: both under autocast, by hand as PyTorch does it; and ours in float32 beside them.
         dropout: `own`: the model's, or `none`.
+        kernel: `pytorch`: layers run by PyTorch's operations. `compiled`: by our compiled kernel for processors, and in
+            the same rounds without it, and with a dense student.
         padding: `some` makes texts from half of `tokens` to `tokens` long, `none` all of `tokens`.
         repeats: rounds of timing; the figures are their medians.
     """
 
     kind: ClassVar[str] = "distill-step"
-    later: ClassVar[tuple[str, ...]] = ("dtype", "dropout")
+    later: ClassVar[tuple[str, ...]] = ("dtype", "dropout", "kernel")
 
     method: str
     ratio: float
@@ -49,6 +51,7 @@ class DistillStep(Experiment):
     repeats: int = 7
     dtype: str = "float32"
     dropout: str = "own"
+    kernel: str = WAYS[0]
 
     def run(self, data: Path | None) -> Outcome:
         peaks = {how: self._peak_bytes(how) for how in ("nothing", "by_hand", "ours")}  # before torch is imported here
@@ -59,14 +62,18 @@ class DistillStep(Experiment):
             calls = {how: getattr(steps, how) for how in ("passes", "by_hand", "ours")}
             if self.dtype != "float32":
                 calls["float32"] = Steps(**{**self._options(), "bf16": False}, folder=folder).ours
+            if self.kernel == "compiled":
+                calls["plain"] = without_kernel(steps.ours)
+                calls["dense"] = Steps(**{**self._options(), "method": None}, folder=folder).ours
             for call in calls.values():
                 call()  # the first of a process is no measure
             times = interleave({how: partial(time_call, call) for how, call in calls.items()}, self.repeats)
         grown = {how: peaks[how] - peaks["nothing"] for how in ("by_hand", "ours")}
-        wide = {"time_over_float32": median_ratio(times["ours"], times["float32"])} if "float32" in times else {}
+        others = [how for how in ("float32", "plain", "dense") if how in times]
         return Outcome(
             {
-                **wide,
+                **{f"time_over_{how}": median_ratio(times["ours"], times[how]) for how in others},
+                **({"plain_over_dense": median_ratio(times["plain"], times["dense"])} if "plain" in times else {}),
                 "time_ratio": median_ratio(times["ours"], times["by_hand"]),
                 "time_over_passes": median_ratio(times["ours"], times["passes"]),
                 "memory_ratio": peaks["ours"] / peaks["by_hand"],
@@ -98,7 +105,14 @@ class DistillStep(Experiment):
             "time / by hand": f"{figures['time_ratio']:.3f}",
             "target": against(limit, figures["time_ratio"]),
             "time / passes without losses": f"{figures['time_over_passes']:.3f}",
-            "time / in float32": f"{figures['time_over_float32']:.3f}" if "time_over_float32" in figures else "",
+            **{
+                f"time / {name}": f"{figures[key]:.3f}" if key in figures else ""
+                for name, key in (
+                    ("in float32", "time_over_float32"),
+                    ("without the compiled kernel", "time_over_plain"),
+                    ("a dense student's", "time_over_dense"),
+                )
+            },
             "peak memory / by hand": f"{figures['memory_ratio']:.3f}",
             "target for memory": against(limit, figures["memory_ratio"]),
             "memory of the step alone / by hand": f"{figures['step_memory_ratio']:.3f}",

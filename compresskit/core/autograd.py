@@ -14,9 +14,14 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
+def narrow_type(tensor: Tensor) -> torch.dtype:
+    """The type in which autocast, which must be on, would hand a tensor to a matrix product."""
+    return tensor.dtype if tensor.dtype == torch.float64 else torch.get_autocast_dtype(tensor.device.type)
+
+
 def narrow(tensor: Tensor) -> Tensor:
-    """The tensor as autocast, which must be on, would hand it to a matrix product."""
-    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.get_autocast_dtype(tensor.device.type))
+    """The tensor of that type."""
+    return tensor.to(narrow_type(tensor))
 
 
 def with_signature(function: _Function) -> _Function:

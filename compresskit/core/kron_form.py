@@ -51,9 +51,10 @@ class KronForm:
         wide product where p <= q: what is mixed is cheap to have again.
         """
         plan, factors = self._ordered(self.wide_first)
-        if self.terms > 1 or self.r * self.s > MOST_TRAINED or self.cols > WIDEST_TRAINED:
+        if self.terms > 1:
             return Native(plan, factors)
-        return Native(plan, factors, *self._ordered(self.p > self.q))
+        trains = self.r * self.s <= MOST_TRAINED and self.cols <= WIDEST_TRAINED
+        return Native(plan, factors, *self._ordered(self.p > self.q), trains=trains)
 
     def _ordered(self, wide_first: bool) -> tuple[Plan, tuple[str, str]]:
         p, q, r, s, k = self.p, self.q, self.r, self.s, self.terms

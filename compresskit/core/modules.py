@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from compresskit.core.lazy import LazyWeight
 from compresskit.core.native import Native, kernel
+from compresskit.core.once import compute_now
 from compresskit.core.structure import Factor, Structure, TensorSpec, plain_matrix
 from compresskit.errors import StructureError
 
@@ -19,7 +20,7 @@ class FactorizedModule(nn.Module):
 
     def __init__(self, structure: Structure) -> None:
         super().__init__()
-        structure.prepare()
+        compute_now(structure)
         self.structure = structure
         self._factor_names = tuple(structure.factor_specs())  # asked for in every forward
 
@@ -105,6 +106,7 @@ class FactorizedLinear(FactorizedModule):
     def __init__(self, structure: Structure, factors: Mapping[str, Tensor], bias: Tensor | None = None) -> None:
         super().__init__(structure)
         self._native = structure.native  # asked for in every forward
+        compute_now(self._native)
         kernel.look()  # a compiler cannot
         self.in_features, self.out_features = structure.cols, structure.rows  # callers assign them, as nn.Linear
         if bias is not None and bias.shape != (structure.rows,):
@@ -140,21 +142,21 @@ class FactorizedLinear(FactorizedModule):
             raise StructureError(
                 f"this layer takes (..., {structure.cols}) and got {tuple(shape)}: the last sizes must agree"
             )
-        if self._native is not None and kernel.takes(x) and (y := self._by_kernel(x, self._native)) is not None:
+        if (
+            self._native is not None
+            and (dtype := kernel.takes(x)) is not None
+            and (y := self._by_kernel(x, dtype, self._native)) is not None
+        ):
             return y
         factors: dict[str, Factor] = {name: self._own(name) for name in self._factor_names}
         return structure.matmul(x, factors, self._own("bias"))
 
-    def _by_kernel(self, x: Tensor, native: Native) -> Tensor | None:
+    def _by_kernel(self, x: Tensor, dtype: torch.dtype, native: Native) -> Tensor | None:
         """The same by the compiled kernel, where no factor has to be called."""
-        if native.backward is None and torch.is_grad_enabled():
-            return None
-        if x.dtype is torch.bfloat16 and not native.takes_half(x.numel() // self.in_features):
-            return None
         factors = [tensor for name in native.factors if (tensor := plain_matrix(self._own(name))) is not None]
         if len(factors) < len(native.factors):
             return None
-        return kernel.chain(x, factors, native, self._own("bias"), self._by_pytorch)
+        return kernel.chain(x, dtype, factors, native, self._own("bias"), self._by_pytorch)
 
     def _by_pytorch(self, x: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
         """The same, of factors in the order of the kernel."""

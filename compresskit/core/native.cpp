@@ -52,6 +52,20 @@ constexpr int LANES = 4;
 constexpr int REGISTERS = LANES == 8 ? 8 : 16;  // for sums; x86 without AVX-512 has 16 in all
 typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
+// Room that is kept for later calls, because fresh pages take long; from a cache line on, which the units need twice as
+// long to read across
+template <typename T>
+class Room {
+  std::vector<T> kept;
+
+ public:
+  T* of(int64_t numbers) {
+    constexpr size_t LINE = 64;
+    if (kept.size() < numbers + LINE / sizeof(T)) kept = std::vector<T>(numbers + LINE / sizeof(T));
+    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(kept.data()) + LINE - 1) / LINE * LINE);
+  }
+};
+
 struct Step {
   int64_t kind, a, b, c;
   const float* factor;
@@ -283,6 +297,36 @@ struct Chain {
   }
 };
 
+// What a way back has to find
+struct Wanted {
+  int64_t lowest, highest = 0;  // steps that the way back reaches, and the way there
+  std::vector<int64_t> offsets;  // of the sums of each factor
+  int64_t bias_at, size;
+
+  Wanted(const Chain& made, at::TensorList factors, at::IntArrayRef needs) {
+    TORCH_CHECK(needs.size() == factors.size() + 2, "compresskit: needs of input, bias and factors are expected");
+    const int64_t count = made.steps.size();
+    lowest = needs[0] ? 0 : count;
+    for (int64_t i = 0; i < count; ++i)
+      if (made.factor_of[i] >= 0 && needs[2 + made.factor_of[i]]) lowest = std::min(lowest, i), highest = i;
+    offsets.assign(factors.size() + 1, 0);
+    for (size_t f = 0; f < factors.size(); ++f) offsets[f + 1] = offsets[f] + (needs[2 + f] ? factors[f].numel() : 0);
+    bias_at = offsets.back();
+    size = bias_at + (needs[1] ? made.rows : 0);
+  }
+
+  // Gradients of input, bias and factors, from the sums (threads, size); those that are not needed are empty
+  std::vector<at::Tensor> gradients(const at::Tensor& x_grad, at::Tensor sums, at::TensorList factors,
+                                    at::IntArrayRef needs) const {
+    sums = sums.size(0) > 1 ? sums.sum(0) : sums.view({size});
+    const at::Tensor none = at::empty({0}, sums.options());
+    std::vector<at::Tensor> found{x_grad, needs[1] ? sums.narrow(0, bias_at, size - bias_at) : none};
+    for (size_t f = 0; f < factors.size(); ++f)
+      found.push_back(needs[2 + f] ? sums.narrow(0, offsets[f], factors[f].numel()).view(factors[f].sizes()) : none);
+    return found;
+  }
+};
+
 #include "native_half.hpp"
 
 at::Tensor chain(const at::Tensor& x, at::TensorList factors, at::IntArrayRef plan, const std::optional<at::Tensor>& bias) {
@@ -319,9 +363,9 @@ at::Tensor chain(const at::Tensor& x, at::TensorList factors, at::IntArrayRef pl
   const int64_t grain = made.shared(n) ? n : std::max<int64_t>(1, GRAIN / made.macs);
 
   at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
-    thread_local std::vector<float> scratch;
-    if (steps.size() > 1 && scratch.size() < size_t(2 * block * between)) scratch.resize(2 * block * between);
-    float* halves[2] = {scratch.data(), scratch.data() + block * between};
+    thread_local Room<float> room;
+    float* scratch = room.of(steps.size() > 1 ? 2 * block * between : 0);
+    float* halves[2] = {scratch, scratch + block * between};
     for (int64_t t = begin; t < end; t += block) {
       const int64_t count = std::min(block, end - t);
       const float* in = from + t * cols;
@@ -385,7 +429,10 @@ void add_factor_gradient(const Step& step, int64_t n, const float* g, const floa
   int64_t i = 0;
   for (; i + ROWS <= outs; i += ROWS)
     contract_rows<ROWS>(n, g + i * width, outs * width, x, ins * width, width, sums + i * ins, ins);
-  for (; i < outs; ++i) contract_rows<1>(n, g + i * width, outs * width, x, ins * width, width, sums + i * ins, ins);
+  const auto rest = [&](auto contract) { contract(n, g + i * width, outs * width, x, ins * width, width, sums + i * ins, ins); };
+  if (outs - i == 3) return rest(contract_rows<3>);
+  if (outs - i == 2) return rest(contract_rows<2>);
+  if (outs - i == 1) return rest(contract_rows<1>);
 }
 
 // Gradient of what came into a step; `turned` is the factor transposed, of steps of the first axis
@@ -401,21 +448,27 @@ void input_gradient(const Step& step, int64_t n, const float* g, const float* tu
   }
 }
 
-// Gradients of input, bias and factors; those that are not needed are empty
+#include "native_half_backward.hpp"
+
+// Gradients of input, bias and factors; those that are not needed are empty, and those of bias and factors in float32
 std::vector<at::Tensor> chain_backward(const at::Tensor& grad, const at::Tensor& x, at::TensorList factors,
                                        at::IntArrayRef plan, at::IntArrayRef needs) {
+#if defined(COMPRESSKIT_HALF)
+  if (x.scalar_type() == at::kBFloat16) {
+    Chain made(factors, plan, at::kBFloat16);
+    return half::chain_backward(made, grad, x, factors, needs);
+  }
+#endif
   Chain made(factors, plan);
   const std::vector<Step>& steps = made.steps;
   const int64_t count_steps = steps.size(), cols = made.cols, rows = made.rows;
-  TORCH_CHECK(needs.size() == factors.size() + 2, "compresskit: needs of input, bias and factors are expected");
   const float *from = made.take(x, cols), *upstream = made.take(grad, rows);
   const int64_t n = x.numel() / cols;
   TORCH_CHECK(grad.numel() == n * rows, "compresskit: a gradient of ", n, " tokens is expected");
   const int threads = at::get_num_threads();
 
-  int64_t lowest = needs[0] ? 0 : count_steps, highest = 0;  // steps that the way back reaches, and the way there
-  for (int64_t i = 0; i < count_steps; ++i)
-    if (made.factor_of[i] >= 0 && needs[2 + made.factor_of[i]]) lowest = std::min(lowest, i), highest = i;
+  const Wanted wanted(made, factors, needs);
+  const int64_t lowest = wanted.lowest, highest = wanted.highest;
   std::vector<int64_t> places(count_steps + 1, 0);  // of what comes into each step, for one token
   int64_t between = 0, most = 1;
   for (int64_t i = 0; i < count_steps; ++i) {
@@ -433,34 +486,29 @@ std::vector<at::Tensor> chain_backward(const at::Tensor& grad, const at::Tensor&
       turned[i].resize(steps[i].a * steps[i].b);
       swap(steps[i].factor, turned[i].data(), steps[i].b, steps[i].a);
     }
-  std::vector<int64_t> offsets(factors.size() + 1, 0);
-  for (size_t f = 0; f < factors.size(); ++f) offsets[f + 1] = offsets[f] + (needs[2 + f] ? factors[f].numel() : 0);
-  const int64_t bias_at = offsets.back(), size = bias_at + (needs[1] ? rows : 0);
-
   at::Tensor x_grad = at::empty(needs[0] ? x.sizes() : at::IntArrayRef{0}, x.options());
   float* to = x_grad.mutable_data_ptr<float>();
   const int sums_of = shared || n <= grain ? 1 : threads;
-  at::Tensor sums = at::zeros({sums_of, size}, x.options());
+  at::Tensor sums = at::zeros({sums_of, wanted.size}, x.options());
   float* all = sums.mutable_data_ptr<float>();
 
   at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
-    float* own = all + (sums_of == 1 ? 0 : at::get_thread_num() * size);
-    thread_local std::vector<float> scratch;
-    const size_t wanted = block * (between + 2 * most);
-    if (scratch.size() < wanted) scratch.resize(wanted);
-    float* halves[2] = {scratch.data() + block * between, scratch.data() + block * (between + most)};
+    float* own = all + (sums_of == 1 ? 0 : at::get_thread_num() * wanted.size);
+    thread_local Room<float> room;
+    float* scratch = room.of(block * (between + 2 * most));
+    float* halves[2] = {scratch + block * between, scratch + block * (between + most)};
     for (int64_t t = begin; t < end; t += block) {
       const int64_t count = std::min(block, end - t);
-      const auto into = [&](int64_t i) { return i == 0 ? from + t * cols : scratch.data() + block * places[i]; };
+      const auto into = [&](int64_t i) { return i == 0 ? from + t * cols : scratch + block * places[i]; };
       for (int64_t i = 0; i < highest; ++i)
-        run(steps[i], count, into(i), scratch.data() + block * places[i + 1], nullptr);
+        run(steps[i], count, into(i), scratch + block * places[i + 1], nullptr);
       const float* g = upstream + t * rows;
       if (needs[1])
         for (int64_t k = 0; k < count; ++k)
-          for (int64_t c = 0; c < rows; ++c) own[bias_at + c] += g[k * rows + c];
+          for (int64_t c = 0; c < rows; ++c) own[wanted.bias_at + c] += g[k * rows + c];
       for (int64_t i = count_steps - 1; i >= lowest; --i) {
         const int64_t factor = made.factor_of[i];
-        if (factor >= 0 && needs[2 + factor]) add_factor_gradient(steps[i], count, g, into(i), own + offsets[factor]);
+        if (factor >= 0 && needs[2 + factor]) add_factor_gradient(steps[i], count, g, into(i), own + wanted.offsets[factor]);
         if (i == lowest && !(needs[0] && i == 0)) break;
         float* out = i == 0 ? to + t * cols : halves[i % 2];
         input_gradient(steps[i], count, g, turned[i].data(), out);
@@ -468,13 +516,7 @@ std::vector<at::Tensor> chain_backward(const at::Tensor& grad, const at::Tensor&
       }
     }
   });
-  if (sums_of > 1) sums = sums.sum(0);
-  sums = sums.view({size});
-  std::vector<at::Tensor> found{x_grad, needs[1] ? sums.narrow(0, bias_at, rows) : at::empty({0}, x.options())};
-  for (size_t f = 0; f < factors.size(); ++f)
-    found.push_back(needs[2 + f] ? sums.narrow(0, offsets[f], factors[f].numel()).view(factors[f].sizes())
-                                 : at::empty({0}, x.options()));
-  return found;
+  return wanted.gradients(x_grad, sums, factors, needs);
 }
 
 // Whether bfloat16 is for the kernel, too

@@ -2,8 +2,9 @@
 
 PyTorch needs a call, a meeting of all threads and a pass over memory for each product of a layer; the kernel
 (`native.cpp`) does all of them for some tokens at a time, each thread alone, with what lies between in its cache. It
-computes in float32, forward and backward, and in bfloat16 forward where the processor has units for it; in a compiled
-model it is one operation. Everything else is PyTorch's: other types and devices, transformations, exports.
+computes in float32 and, where the processor has units for it, in bfloat16, also where autocast says so, forward and
+backward; in a compiled model that is not trained it is one operation. Everything else is PyTorch's: other types and
+devices, transformations, exports.
 """
 
 import warnings
@@ -16,6 +17,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from compresskit.core.autograd import narrow_type
+
 Plan = tuple[int, ...]
 """Steps of a chain as the kernel reads them, four numbers each: see `last_axis`, `first_axis` and `swap`."""
 
@@ -24,6 +27,8 @@ HALF_LARGEST = 2**20
 """Numbers of a factor from which PyTorch's own products are as fast in bfloat16, ..."""
 HALF_FEW = 64
 """... unless so few rows are multiplied by it; as `FEW_ROWS` in native_half.hpp."""
+HALF_TRAINED = 2**19
+"""Numbers of a factor from which PyTorch trains as fast."""
 HALF_PLAIN = 256
 """Tokens from which PyTorch is as fast at products with nothing between them."""
 
@@ -36,57 +41,104 @@ class Native:
     Args:
         plan: the steps.
         factors: names of the factors in their order.
-        backward: steps that give the same with less to compute again on the way back; None: PyTorch trains the layer.
+        backward: steps that give the same with less to compute again on the way back; none: the same ones.
         backward_factors: names in the order of these.
+        trains: whether layers in float32 are trained by the kernel, too.
     """
 
     plan: Plan
     factors: tuple[str, ...]
-    backward: Plan | None = None
+    backward: Plan = ()
     backward_factors: tuple[str, ...] = ()
+    trains: bool = False
+
+    @cached_property
+    def way_back(self) -> Plan:
+        """The steps that the kernel goes back."""
+        return self.backward or self.plan
 
     @cached_property
     def order(self) -> tuple[int, ...]:
         """Of each factor of the way back, its place in `factors`."""
-        return tuple(self.factors.index(name) for name in self.backward_factors)
+        return tuple(self.factors.index(name) for name in self.backward_factors or self.factors)
+
+    def takes(self, dtype: torch.dtype, tokens: int, *, training: bool) -> bool:
+        """Whether so many tokens of a type that the kernel takes are for it."""
+        if dtype is torch.float32:
+            return self.trains or not training
+        return self.takes_half(tokens, training=training)
 
     @cached_property
-    def _products(self) -> tuple[bool, bool, int, int]:
-        """Of the last axis: whether they are all there is, of whole tokens; whether the matrix units are good at them;
-        numbers of the largest factor, and in how many rows they cut a token at least."""
-        steps = list(zip(*(self.plan[k::4] for k in range(4)), strict=True))
-        last = [(rows, ins, outs) for kind, rows, ins, outs in steps if kind == 0]
-        plain = len(last) == len(steps) and all(rows == 1 for rows, _, _ in last)
-        good = all(ins % 16 == 0 if plain else ins % 2 == 0 and (ins % 8 == 0 or ins < 64) for _, ins, _ in last)
-        return plain, good, max((i * o for _, i, o in last), default=0), min((r for r, _, _ in last), default=1)
+    def _plain(self) -> bool:
+        """Whether products of the last axis are all there is, of whole tokens."""
+        return all(kind == LAST and groups == 1 for kind, groups, _, _ in _steps(self.plan))
 
-    def takes_half(self, tokens: int) -> bool:
+    @cached_property
+    def _rows(self) -> int:
+        """In how many rows products of the last axis cut a token at least."""
+        return min((groups for kind, groups, _, _ in _steps(self.plan) if kind == LAST), default=1)
+
+    @cached_property
+    def _largest(self) -> int:
+        """Numbers of the largest factor of the last axis."""
+        return max((ins * outs for kind, _, ins, outs in _steps(self.plan) if kind == LAST), default=0)
+
+    @cached_property
+    def _fits(self) -> bool:
+        """Whether the matrix units are good at the products of the last axis."""
+        multiple = 16 if self._plain else 8
+        return all(_fit(ins, multiple) for kind, _, ins, _ in _steps(self.plan) if kind == LAST)
+
+    @cached_property
+    def _pairs(self) -> bool:
+        """Whether all sides of its factors are even, as the units need them on the way back."""
+        sides = [side for kind, _, *sides in _steps(self.way_back) if kind == LAST for side in sides]
+        return all(side % 2 == 0 for side in sides)
+
+    def takes_half(self, tokens: int, *, training: bool = False) -> bool:
         """Whether so many tokens in bfloat16 are for the kernel.
 
         Measured: rows that end oddly within a tile of the matrix units are multiplied up to ten times as slowly;
-        factors that no cache holds, and plain products of many tokens, as fast by PyTorch.
+        factors that no cache holds, plain products of many tokens, and training of plain products, as fast by PyTorch.
+        In training PyTorch is slow at odd ends, too: a step of all else takes .35 to 1 times as long as its.
         """
-        plain, good, numbers, rows = self._products
-        return good and (tokens * rows <= HALF_FEW or (numbers < HALF_LARGEST and not (plain and tokens > HALF_PLAIN)))
+        if training:
+            return self._pairs and self._largest < HALF_TRAINED and not self._plain
+        if not self._fits or tokens * self._rows <= HALF_FEW:
+            return self._fits
+        return self._largest < HALF_LARGEST and not (self._plain and tokens > HALF_PLAIN)
 
 
 Product = Callable[..., Tensor]
 """`product(x, bias, *factors)` by PyTorch."""
 
 
+LAST, FIRST, SWAP = range(3)
+"""Kinds of steps, as in native.cpp."""
+
+
+def _steps(plan: Plan) -> list[tuple[int, int, int, int]]:
+    return [(plan[i], plan[i + 1], plan[i + 2], plan[i + 3]) for i in range(0, len(plan), 4)]
+
+
+def _fit(side: int, multiple: int) -> bool:
+    """Whether so many numbers are added up quickly: in pairs, and in whole parts of a tile where they are many."""
+    return side % multiple == 0 or (multiple == 8 and side % 2 == 0 and side < 64)
+
+
 def last_axis(groups: int, ins: int, outs: int) -> Plan:
     """(groups * ins) -> (groups * outs): each group times a factor (outs, ins), transposed."""
-    return 0, groups, ins, outs
+    return LAST, groups, ins, outs
 
 
 def first_axis(ins: int, outs: int, width: int) -> Plan:
     """(ins, width) -> (outs, width): a factor (outs, ins) times the grid."""
-    return 1, ins, outs, width
+    return FIRST, ins, outs, width
 
 
 def swap(rows: int, cols: int) -> Plan:
     """(rows, cols) -> (cols, rows): the grid transposed, without a factor. Nothing where one side is 1."""
-    return (2, rows, cols, 0) if rows > 1 and cols > 1 else ()
+    return (SWAP, rows, cols, 0) if rows > 1 and cols > 1 else ()
 
 
 @final
@@ -134,39 +186,53 @@ class Kernel:
         self.types = (torch.float32, torch.bfloat16) if ops.half_products.default() else (torch.float32,)
         self._ops, self._looked = (ops.chain.default, ops.chain_backward.default), True
 
-    def takes(self, x: Tensor) -> bool:
-        """Whether it may compute from this input now: not where a transformation, an export or a mode looks on."""
-        if not self.allowed or (self._ops is None and not self.loaded):
-            return False
-        if x.dtype not in self.types or not x.is_cpu or type(x) is not Tensor or torch.is_autocast_enabled("cpu"):
-            return False
+    def takes(self, x: Tensor) -> torch.dtype | None:
+        """The type in which it may compute from this input now, autocast's where that is on.
+
+        None where a transformation, an export or a mode looks on, and for types and devices that it does not know.
+        """
+        if not self.allowed or (self._ops is None and not self.loaded) or not x.is_cpu or type(x) is not Tensor:
+            return None
+        dtype = narrow_type(x) if torch.is_autocast_enabled("cpu") else x.dtype
+        if dtype not in self.types:
+            return None
         if torch.compiler.is_compiling():
-            return not torch.compiler.is_exporting()
-        return not (torch._C._get_tracing_state() is not None or _is_watched())
+            return None if torch.compiler.is_exporting() else dtype
+        return None if torch._C._get_tracing_state() is not None or _is_watched() else dtype
 
     def chain(
-        self, x: Tensor, factors: Sequence[Tensor], native: Native, bias: Tensor | None, product: Product
+        self,
+        x: Tensor,
+        dtype: torch.dtype,
+        factors: Sequence[Tensor],
+        native: Native,
+        bias: Tensor | None,
+        product: Product,
     ) -> Tensor | None:
-        """x (..., cols) -> (..., rows), plus bias, for an x that it `takes` (in bfloat16 `native.takes_half` too).
+        """x (..., cols) -> (..., rows), plus bias, in the type in which the kernel `takes` x.
 
-        None where PyTorch trains the layer.
+        None where PyTorch is faster or trains the layer.
 
         Args:
-            factors: plain tensors of the type and on the device of x, in the order of the steps.
+            dtype: that type.
+            factors: plain tensors on the device of x, in the order of the steps.
             product: the same by PyTorch, for derivatives of derivatives.
 
         Raises:
             RuntimeError: they are of another type or on another device.
         """
-        y: Tensor
-        if torch.is_grad_enabled() and (
+        training = torch.is_grad_enabled() and (
             x.requires_grad or any(f.requires_grad for f in factors) or (bias is not None and bias.requires_grad)
-        ):
-            if native.backward is None or x.dtype is not torch.float32 or torch.compiler.is_compiling():
-                return None
+        )
+        tokens = x.numel() // max(x.shape[-1], 1)
+        if (training and torch.compiler.is_compiling()) or not native.takes(dtype, tokens, training=training):
+            return None
+        y: Tensor
+        x = x.to(dtype)
+        if training:
             y = _Chain.apply(self._ops, native, product, x, bias, *factors)  # type: ignore[no-untyped-call]
         else:
-            y = self._ops[0](x, factors, native.plan, bias)
+            y = self._ops[0](x, _of_type(factors, x.dtype), native.plan, None if bias is None else bias.to(x.dtype))
         return y
 
 
@@ -177,7 +243,7 @@ kernel = Kernel()
 def _chain_of_shapes(x: Tensor, factors: Sequence[Tensor], plan: Plan, bias: Tensor | None) -> Tensor:
     """What a compiler is told of the kernel: the shape of what it gives."""
     kind, a, b, c = plan[-4:]
-    rows = {0: a * c, 1: b * c, 2: a * b}[kind]
+    rows = {LAST: a * c, FIRST: b * c, SWAP: a * b}[kind]
     return x.new_empty((*x.shape[:-1], rows))
 
 
@@ -190,21 +256,31 @@ class _Chain(torch.autograd.Function):
     ) -> Tensor:
         ctx.ops, ctx.native, ctx.product = ops, native, product
         ctx.save_for_backward(x, bias, *factors)
-        y: Tensor = ops[0](x, factors, native.plan, bias)
+        y: Tensor = ops[0](x, _of_type(factors, x.dtype), native.plan, None if bias is None else bias.to(x.dtype))
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, bias, *factors = ctx.saved_tensors
         needs = ctx.needs_input_grad[3:]
-        if torch.is_grad_enabled() or grad.dtype is not torch.float32 or _is_watched():
-            return None, None, None, *_derived(ctx.product, grad, (x, bias, *factors), needs)
+        if torch.is_grad_enabled() or grad.dtype is not x.dtype or _is_watched():
+            with torch.autocast("cpu", x.dtype, enabled=factors[0].dtype is not x.dtype):
+                return None, None, None, *_derived(ctx.product, grad, (x, bias, *factors), needs)
         order = ctx.native.order
-        turned = [factors[i] for i in order]
+        turned = _of_type([factors[i] for i in order], x.dtype)
         wanted = (*needs[:2], *(needs[2 + i] for i in order))
-        found = ctx.ops[1](grad, x, turned, ctx.native.backward, wanted)
+        found = ctx.ops[1](grad, x, turned, ctx.native.way_back, wanted)
         gradients = [*found[:2], *(found[2 + order.index(i)] for i in range(len(order)))]
-        return None, None, None, *(value if need else None for value, need in zip(gradients, needs, strict=True))
+        like = (x, bias, *factors)
+        return (
+            None,
+            None,
+            None,
+            *(
+                value.to(tensor.dtype) if need else None
+                for value, tensor, need in zip(gradients, like, needs, strict=True)
+            ),
+        )
 
 
 def _derived(product: Product, grad: Tensor, inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Any]:
@@ -214,6 +290,10 @@ def _derived(product: Product, grad: Tensor, inputs: Sequence[Tensor | None], ne
         wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need and tensor is not None]
         found = iter(torch.autograd.grad(product(*inputs), wanted, grad, create_graph=again))
     return [next(found) if need else None for need in needs]
+
+
+def _of_type(factors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    return factors if factors[0].dtype is dtype else [factor.to(dtype) for factor in factors]
 
 
 def _is_watched() -> bool:

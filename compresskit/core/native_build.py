@@ -21,7 +21,7 @@ from compresskit.core.native import kernel
 from compresskit.errors import KernelError
 
 SOURCE = Path(__file__).with_name("native.cpp")
-INCLUDED = SOURCE.with_name("native_half.hpp")
+INCLUDED = (SOURCE.with_name("native_half.hpp"), SOURCE.with_name("native_half_backward.hpp"))
 COMPILERS = ("c++", "g++", "clang++")
 TIMEOUT_S = 300
 
@@ -36,7 +36,8 @@ def cache_folder() -> Path:
 @cache
 def library_path() -> Path:
     """The compiled kernel for this source, this version of PyTorch and this processor; it need not exist."""
-    said = [SOURCE.read_text("utf-8"), INCLUDED.read_text("utf-8"), torch.__version__, sys.platform, _processor()]
+    code = [path.read_text("utf-8") for path in (SOURCE, *INCLUDED)]
+    said = [*code, torch.__version__, sys.platform, _processor()]
     key = hashlib.sha256("\n".join(said).encode()).hexdigest()[:16]
     return cache_folder() / f"chain-{key}.so"
 

@@ -69,10 +69,9 @@ struct Wide {
   const Half* packed = nullptr;
 };
 
-void pack_all(const Step& step, Wide& wide, std::vector<Half>& kept) {
-  const int64_t panels = (step.c + PANEL - 1) / PANEL, numbers = panels * PANEL * step.b;
-  if (kept.size() < size_t(numbers)) kept.resize(numbers);
-  Half* to = kept.data();
+void pack_all(const Step& step, Wide& wide, Room<Half>& room) {
+  const int64_t panels = (step.c + PANEL - 1) / PANEL;
+  Half* to = room.of(panels * PANEL * step.b);
   at::parallel_for(0, panels, 1 + PACK_GRAIN / (PANEL * step.b), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p)
       pack(wide.factor + p * PANEL * step.b, std::min(PANEL, step.c - p * PANEL), step.b, PANEL, to + p * PANEL * step.b);
@@ -92,7 +91,7 @@ void multiply(int64_t rows, const Step& step, const Half* a, const Wide& wide, f
 
 // The same plus `added`, which begins anew after `step.a` rows and may be null, rounded
 void multiply_round(int64_t rows, const Step& step, const Half* a, const Wide& wide, const float* added, Half* c) {
-  float sums[SOME_ROWS * PANEL];
+  alignas(64) float sums[SOME_ROWS * PANEL];
   for (int64_t r = 0; r < rows; r += SOME_ROWS) {
     const int64_t some = std::min(SOME_ROWS, rows - r);
     for (int64_t p = 0; p < step.c; p += PANEL) {
@@ -107,20 +106,19 @@ void multiply_round(int64_t rows, const Step& step, const Half* a, const Wide& w
 // The same of few rows, where packing the factor would take most of the time: factor @ a.T, by all threads
 void multiply_few(int64_t rows, const Step& step, const Half* a, const Wide& wide, float* c) {
   const int64_t outs = step.c, ins = step.b, width = (rows + TILE - 1) / TILE * TILE;
-  thread_local std::vector<Half> packed;
-  packed.resize(width * ins);
-  pack(a, rows, ins, width, packed.data());
-  const Half* right = packed.data();
+  thread_local Room<Half> packed;
+  Half* right = packed.of(width * ins);
+  pack(a, rows, ins, width, right);
   at::parallel_for(0, (outs + TILE - 1) / TILE, 1 + GRAIN / (width * ins * TILE), [&](int64_t begin, int64_t end) {
-    thread_local std::vector<float> turned;
+    thread_local Room<float> room;
     const int64_t first = begin * TILE, after = std::min(outs, end * TILE);
-    turned.resize((end - begin) * TILE * width);
+    float* turned = room.of((end - begin) * TILE * width);
     at::native::cpublas::brgemm(after - first, width, ins, ins, width, width, false, wide.factor + first * ins, right,
-                                turned.data());
+                                turned);
     at::native::cpublas::brgemm_release();  // by each thread: others of PyTorch's products set up the units anew
     for (int64_t o = first; o < after; o += TILE)
       for (int64_t r = 0; r < rows; r += TILE) {
-        const float* from = turned.data() + (o - first) * width + r;
+        const float* from = turned + (o - first) * width + r;
         const int64_t some = std::min(TILE, rows - r);
         if (o + TILE <= after) {
           transpose(from, width, c + r * outs + o, outs, some);
@@ -148,7 +146,7 @@ at::Tensor chain(Chain& made, const at::Tensor& x, const std::optional<at::Tenso
   const bool few = n * made.groups <= FEW_ROWS;
   std::vector<std::vector<float>> small(count_steps);
   std::vector<Wide> wide(count_steps);
-  thread_local std::vector<std::vector<Half>> packed;  // for later calls: fresh pages take longer than packing
+  thread_local std::vector<Room<Half>> packed;
   if (packed.size() < count_steps) packed.resize(count_steps);
   int64_t between = cols;
   for (size_t i = 0; i < count_steps; ++i) {
@@ -169,12 +167,10 @@ at::Tensor chain(Chain& made, const at::Tensor& x, const std::optional<at::Tenso
 
   const int64_t block = std::min(n, std::max({int64_t(1), BLOCK_NUMBERS / between, BLOCK_ROWS / made.groups}));
   at::parallel_for(0, n, few ? n : std::max<int64_t>(1, GRAIN / made.macs), [&](int64_t begin, int64_t end) {
-    thread_local std::vector<float> sums[2];
-    thread_local std::vector<Half> rounded[2];
-    for (int i = 0; i < 2; ++i) {
-      if (sums[i].size() < size_t(block * between)) sums[i].resize(block * between);
-      if (rounded[i].size() < size_t(block * between)) rounded[i].resize(block * between);
-    }
+    thread_local Room<float> wide_rooms[2];
+    thread_local Room<Half> half_rooms[2];
+    float* const sums[2] = {wide_rooms[0].of(block * between), wide_rooms[1].of(block * between)};
+    Half* const rounded[2] = {half_rooms[0].of(block * between), half_rooms[1].of(block * between)};
     for (int64_t t = begin; t < end; t += block) {
       const int64_t count = std::min(block, end - t);
       const Half* halves = from + t * cols;  // what comes into a step: here, or else in ...
@@ -182,14 +178,14 @@ at::Tensor chain(Chain& made, const at::Tensor& x, const std::optional<at::Tenso
       for (size_t i = 0; i < count_steps; ++i) {
         const Step& step = steps[i];
         const bool final = i + 1 == count_steps;
-        float* out = sums[i % 2].data();
+        float* out = sums[i % 2];
         if (step.kind == LAST) {
           if (!halves) {
-            narrow(in, nullptr, rounded[i % 2].data(), count * step.ins());
-            halves = rounded[i % 2].data();
+            narrow(in, nullptr, rounded[i % 2], count * step.ins());
+            halves = rounded[i % 2];
           }
           if (!few && (final || steps[i + 1].kind == LAST)) {
-            Half* next = final ? to + t * rows : rounded[(i + 1) % 2].data();
+            Half* next = final ? to + t * rows : rounded[(i + 1) % 2];
             multiply_round(count * step.a, step, halves, wide[i], final ? added : nullptr, next);
             halves = next;
             continue;
@@ -197,8 +193,8 @@ at::Tensor chain(Chain& made, const at::Tensor& x, const std::optional<at::Tenso
           (few ? multiply_few : multiply)(count * step.a, step, halves, wide[i], out);
         } else {
           if (halves) {
-            widen(halves, sums[(i + 1) % 2].data(), count * step.ins());
-            in = sums[(i + 1) % 2].data();
+            widen(halves, sums[(i + 1) % 2], count * step.ins());
+            in = sums[(i + 1) % 2];
           }
           run(step, count, in, out, nullptr);
         }

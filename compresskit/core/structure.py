@@ -152,14 +152,6 @@ class Structure(ABC):
         return sum(spec.num_params for spec in self.factor_specs().values())
 
     @final
-    def prepare(self) -> None:
-        """Compute what is computed once, now: before Python 3.12 it takes a lock, which torch.compile cannot enter."""
-        for cls in type(self).__mro__:
-            for name, value in vars(cls).items():
-                if isinstance(value, cached_property):
-                    getattr(self, name)
-
-    @final
     def to_json(self) -> dict[str, Any]:
         """`{"kind": ..., field: int or list of int}`; `structure_from_json` is the way back."""
         return {"kind": self.kind, **{k: _plain(v) for k, v in dataclasses.asdict(self).items()}}

@@ -45,6 +45,15 @@ def native(kernel_folder, monkeypatch):
 
 
 @pytest.fixture
+def half(native, monkeypatch):
+    """The same, on a processor where the kernel also computes in bfloat16."""
+    if not torch.ops.compresskit.half_products.default():
+        pytest.skip("this processor multiplies no bfloat16 (AVX-512 with bfloat16, or AMX)")
+    monkeypatch.setattr(kernel, "types", (torch.float32, torch.bfloat16))
+    return native
+
+
+@pytest.fixture
 def threads(request):
     """So many threads as a test is parametrised with, indirectly."""
     before = torch.get_num_threads()

@@ -1,0 +1,244 @@
+// The way back of native_half.hpp: sums over tokens by the matrix units as well, gradients of factors in float32.
+
+#if defined(COMPRESSKIT_HALF)
+
+namespace half {
+
+constexpr int64_t DEPTH = 32;               // rows that the units add up at once
+constexpr int64_t SUMMED_ROWS = 256;        // of a sum over tokens: with less, most of the time goes into adding to it
+constexpr int64_t SUMMED_NUMBERS = 1 << 18;
+constexpr int64_t MIXED_NUMBERS = 1 << 13;  // between steps in float32
+
+// Columns begin to end of rows (rows, width) as the units read a right side that is summed over its rows: panels
+// (depth / 2, PANEL, 2), zeros for rows that are not there
+void pack_rows(const Half* x, int64_t rows, int64_t depth, int64_t width, int64_t begin, int64_t end, Half* y) {
+  const auto* from = reinterpret_cast<const uint16_t*>(x);
+  auto* to = reinterpret_cast<uint32_t*>(y + begin * depth);
+  for (int64_t p = begin; p < end; p += PANEL) {
+    const int64_t some = std::min(PANEL, end - p);
+    for (int64_t k = 0; k < depth; k += 2, to += PANEL) {
+      const uint16_t *even = from + k * width + p, *odd = even + width;
+      if (k + 1 < rows)
+        for (int64_t j = 0; j < some; ++j) to[j] = even[j] | uint32_t(odd[j]) << 16;
+      else
+        for (int64_t j = 0; j < some; ++j) to[j] = k < rows ? even[j] : 0;
+    }
+  }
+}
+
+// y (width, depth) = x (rows, width).T, zeros for rows that are not there
+void turn(const Half* x, int64_t rows, int64_t depth, int64_t width, Half* y) {
+  const auto* from = reinterpret_cast<const uint16_t*>(x);
+  auto* to = reinterpret_cast<uint32_t*>(y);
+  const int64_t pairs = depth / 2;
+  for (int64_t o = 0; o < width; o += TILE)
+    for (int64_t i = 0; i < pairs; i += TILE) {
+      alignas(64) uint32_t tile[TILE * TILE];
+      const int64_t some = std::min(TILE, width - o);
+      for (int64_t v = 0; v < TILE; ++v) {
+        const int64_t k = 2 * (i + v);
+        const uint16_t *even = from + k * width + o, *odd = even + width;
+        if (some == TILE && k + 1 < rows)
+          for (int64_t j = 0; j < TILE; ++j) tile[v * TILE + j] = even[j] | uint32_t(odd[j]) << 16;
+        else
+          for (int64_t j = 0; j < TILE; ++j)
+            tile[v * TILE + j] = j < some && k < rows ? even[j] | (k + 1 < rows ? uint32_t(odd[j]) << 16 : 0) : 0;
+      }
+      transpose(reinterpret_cast<const float*>(tile), TILE, reinterpret_cast<float*>(to + o * pairs + i), pairs, some);
+    }
+}
+
+void pack_back(const Step& step, Wide& wide, Room<Half>& room) {
+  const int64_t panels = (step.b + PANEL - 1) / PANEL;
+  Half* to = room.of(panels * PANEL * step.c);
+  at::parallel_for(0, panels, 1 + PACK_GRAIN / (PANEL * step.c), [&](int64_t begin, int64_t end) {
+    pack_rows(wide.factor, step.c, step.c, step.b, begin * PANEL, std::min(step.b, end * PANEL), to);
+  });
+  wide.packed = to;
+}
+
+// sums (outs, ins) += g (rows, outs).T @ x (rows, ins)
+void add_products(const Step& step, int64_t rows, const Half* g, const Half* x, float* sums) {
+  thread_local Room<Half> left_room, right_room;
+  const int64_t depth = (rows + DEPTH - 1) / DEPTH * DEPTH, wide = (step.b + PANEL - 1) / PANEL * PANEL;
+  Half *left = left_room.of(step.c * depth), *right = right_room.of(wide * depth);
+  turn(g, rows, depth, step.c, left);
+  pack_rows(x, rows, depth, step.b, 0, step.b, right);
+  for (int64_t p = 0; p < step.b; p += PANEL)
+    at::native::cpublas::brgemm(step.c, std::min(PANEL, step.b - p), depth, depth, PANEL, step.b, true, left,
+                                right + p * depth, sums + p);
+}
+
+// A product of the last axis, or neighbouring steps of other kinds, which are done in float32 and rounded in the end
+struct Segment {
+  const Step* steps;  // in float32, where they are not of the last axis
+  int64_t first, count, at = 0;  // its first step and how many, and where what comes in lies, for one token
+  Wide there, back;
+  std::vector<std::vector<float>> small, turned;
+
+  bool multiplies() const { return steps->kind == LAST; }
+  int64_t ins() const { return steps->ins(); }
+  int64_t outs() const { return steps[count - 1].outs(); }
+};
+
+// Tokens of a segment that are done at a time, and room for what lies between its steps
+struct Chunk {
+  int64_t tokens, between = 0, most = 1;
+  float *kept, *halves[2];
+
+  explicit Chunk(const Segment& segment) {
+    for (int64_t i = 0; i < segment.count; ++i) {
+      between += segment.steps[i].ins();
+      most = std::max({most, segment.steps[i].ins(), segment.steps[i].outs()});
+    }
+    tokens = std::max<int64_t>(1, MIXED_NUMBERS / (between + 2 * most));
+    thread_local Room<float> room;
+    kept = room.of(tokens * (between + 2 * most));
+    halves[0] = kept + tokens * between;
+    halves[1] = halves[0] + tokens * most;
+  }
+
+  // What comes into the first `count` steps, one behind the other
+  float* run_into(const Segment& segment, int64_t count, int64_t some, const Half* x) {
+    float* in = kept;
+    widen(x, in, some * segment.ins());
+    for (int64_t i = 0; i + 1 < count; ++i) {
+      float* out = in + tokens * segment.steps[i].ins();
+      run(segment.steps[i], some, in, out, nullptr);
+      in = out;
+    }
+    return in;
+  }
+};
+
+void mix_there(const Segment& segment, int64_t n, const Half* x, Half* y) {
+  Chunk chunk(segment);
+  const int64_t ins = segment.ins(), outs = segment.outs();
+  for (int64_t t = 0; t < n; t += chunk.tokens) {
+    const int64_t some = std::min(chunk.tokens, n - t);
+    const float* in = chunk.run_into(segment, segment.count, some, x + t * ins);
+    run(segment.steps[segment.count - 1], some, in, chunk.halves[0], nullptr);
+    narrow(chunk.halves[0], nullptr, y + t * outs, some * outs);
+  }
+}
+
+// Adds to the sums of factors that have any, from the last step back to `lowest`; x_grad may be null
+void mix_back(const Segment& segment, int64_t n, const Half* g, const Half* x, float* const* sums, int64_t lowest,
+              Half* x_grad) {
+  Chunk chunk(segment);
+  const int64_t ins = segment.ins(), outs = segment.outs();
+  int64_t read = 0;
+  for (int64_t i = 0; i < segment.count; ++i)
+    if (sums[i]) read = i + 1;
+  for (int64_t t = 0; t < n; t += chunk.tokens) {
+    const int64_t some = std::min(chunk.tokens, n - t);
+    const float* in = read ? chunk.run_into(segment, read, some, x + t * ins) : nullptr;
+    int which = 0;
+    widen(g + t * outs, chunk.halves[which], some * outs);
+    for (int64_t i = segment.count - 1; i >= lowest; --i) {
+      const Step& step = segment.steps[i];
+      if (sums[i]) add_factor_gradient(step, some, chunk.halves[which], in, sums[i]);
+      if (i < read && i > 0) in -= chunk.tokens * segment.steps[i - 1].ins();
+      if (i == lowest && !x_grad) break;
+      input_gradient(step, some, chunk.halves[which], segment.turned[i].data(), chunk.halves[1 - which]);
+      which = 1 - which;
+    }
+    if (x_grad) narrow(chunk.halves[which], nullptr, x_grad + t * ins, some * ins);
+  }
+}
+
+std::vector<at::Tensor> chain_backward(Chain& made, const at::Tensor& grad, const at::Tensor& x, at::TensorList factors,
+                                       at::IntArrayRef needs) {
+  std::vector<Step> steps = made.steps;
+  const int64_t count_steps = steps.size(), cols = made.cols, rows = made.rows, n = x.numel() / cols;
+  const Half *from = made.take<Half>(x, cols), *upstream = made.take<Half>(grad, rows);
+  TORCH_CHECK(grad.numel() == n * rows, "compresskit: a gradient of ", n, " tokens is expected");
+  const Wanted wanted(made, factors, needs);
+
+  thread_local std::vector<Room<Half>> packed;
+  if (packed.size() < size_t(2 * count_steps)) packed.resize(2 * count_steps);
+  std::vector<Segment> segments;
+  int64_t kept = 0, most = cols;
+  for (int64_t i = 0; i < count_steps; ++i) {
+    Step& step = steps[i];
+    most = std::max({most, step.ins(), step.outs()});
+    if (step.kind == LAST || i == 0 || steps[i - 1].kind == LAST) {
+      segments.push_back({&step, i, 0, kept});
+      if (i > 0 && i <= wanted.highest) kept += step.ins();
+    }
+    Segment& segment = segments.back();
+    ++segment.count;
+    const Half* factor = step.kind == SWAP ? nullptr : made.held[made.factor_of[i]].const_data_ptr<Half>();
+    if (step.kind != LAST) {
+      const int64_t numbers = factor ? step.a * step.b : 0;
+      segment.small.emplace_back(numbers);
+      segment.turned.emplace_back(numbers);
+      if (!factor) continue;
+      widen(factor, segment.small.back().data(), numbers);
+      step.factor = segment.small.back().data();
+      swap(step.factor, segment.turned.back().data(), step.b, step.a);
+      continue;
+    }
+    TORCH_CHECK(step.b % 2 == 0 && step.c % 2 == 0, "compresskit: bfloat16 is multiplied in pairs, and one of ", step.b,
+                " and ", step.c, " is odd");
+    segment.there.factor = segment.back.factor = factor;
+    if (i < wanted.highest) pack_all(step, segment.there, packed[2 * i]);
+    if (i > wanted.lowest || needs[0]) pack_back(step, segment.back, packed[2 * i + 1]);
+  }
+
+  const int64_t rows_at_once = (SUMMED_ROWS + made.groups - 1) / made.groups;
+  const int64_t block = std::min(n, (std::max(SUMMED_NUMBERS / (kept + 2 * most), rows_at_once) + DEPTH - 1) / DEPTH * DEPTH);
+  const int64_t grain = std::max<int64_t>(1, GRAIN / (3 * made.macs));
+  at::Tensor x_grad = at::empty(needs[0] ? x.sizes() : at::IntArrayRef{0}, x.options());
+  Half* to = x_grad.mutable_data_ptr<Half>();
+  const int sums_of = n <= grain ? 1 : at::get_num_threads();
+  at::Tensor sums = at::zeros({sums_of, wanted.size}, x.options().dtype(at::kFloat));
+  float* all = sums.mutable_data_ptr<float>();
+
+  at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    float* own = all + (sums_of == 1 ? 0 : at::get_thread_num() * wanted.size);
+    std::vector<float*> sum(count_steps, nullptr);
+    for (int64_t i = 0; i < count_steps; ++i)
+      if (made.factor_of[i] >= 0 && needs[2 + made.factor_of[i]]) sum[i] = own + wanted.offsets[made.factor_of[i]];
+    thread_local Room<Half> room;
+    Half* scratch = room.of(block * (kept + 2 * most));
+    Half* halves[2] = {scratch + block * kept, scratch + block * (kept + most)};
+    for (int64_t t = begin; t < end; t += block) {
+      const int64_t count = std::min(block, end - t);
+      const auto into = [&](const Segment& segment) -> Half* {
+        return segment.first == 0 ? const_cast<Half*>(from) + t * cols : scratch + block * segment.at;
+      };
+      for (size_t k = 0; k + 1 < segments.size() && segments[k + 1].first <= wanted.highest; ++k) {
+        const Segment& segment = segments[k];
+        Half* out = into(segments[k + 1]);
+        if (segment.multiplies())
+          multiply_round(count * segment.steps->a, *segment.steps, into(segment), segment.there, nullptr, out);
+        else
+          mix_there(segment, count, into(segment), out);
+      }
+      const Half* g = upstream + t * rows;
+      if (needs[1])
+        for (int64_t k = 0; k < count; ++k)
+          for (int64_t c = 0; c < rows; ++c) own[wanted.bias_at + c] += float(g[k * rows + c]);
+      for (int64_t k = segments.size() - 1; k >= 0 && segments[k].first + segments[k].count > wanted.lowest; --k) {
+        const Segment& segment = segments[k];
+        const bool ends = segment.first <= wanted.lowest && !needs[0];
+        Half* out = ends ? nullptr : segment.first == 0 ? to + t * cols : halves[k % 2];
+        if (segment.multiplies()) {
+          const Step& step = *segment.steps;
+          if (sum[segment.first]) add_products(step, count * step.a, g, into(segment), sum[segment.first]);
+          if (out) multiply_round(count * step.a, Step{LAST, step.a, step.c, step.b, nullptr}, g, segment.back, nullptr, out);
+        } else {
+          const int64_t lowest = std::max<int64_t>(0, wanted.lowest - segment.first);
+          mix_back(segment, count, g, into(segment), sum.data() + segment.first, out ? 0 : lowest, out);
+        }
+        g = out;
+      }
+    }
+    at::native::cpublas::brgemm_release();
+  });
+  return wanted.gradients(x_grad, sums, factors, needs);
+}
+
+}  // namespace half
+#endif
