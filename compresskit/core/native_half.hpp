@@ -14,6 +14,7 @@ constexpr int64_t FEW_ROWS = 64;      // of a product up to which its input is p
 constexpr int64_t SOME_ROWS = 64;     // of a product whose sums are rounded at once, while they are at hand
 constexpr int64_t BLOCK_ROWS = 64;    // of a large product
 constexpr int64_t BLOCK_NUMBERS = 1 << 15;
+constexpr int64_t MIXED_NUMBERS = 1 << 13;  // in float32 between steps of other kinds: for the first-level cache
 constexpr int64_t PACK_GRAIN = 1 << 16;  // numbers to pack that are worth another thread
 
 void widen(const Half* x, float* y, int64_t count) {
@@ -130,9 +131,80 @@ void multiply_few(int64_t rows, const Step& step, const Half* a, const Wide& wid
   });
 }
 
+// A product of the last axis, or neighbouring steps of other kinds, which are done in float32 and rounded in the end
+struct Segment {
+  const Step* steps;
+  int64_t first, count = 0, at = 0;  // its first step and how many; where what comes in is kept, for one token
+  Wide there, back;
+  std::vector<std::vector<float>> small, turned;  // factors of the first axis, and transposed
+
+  bool multiplies() const { return steps->kind == LAST; }
+  int64_t ins() const { return steps->ins(); }
+  int64_t outs() const { return steps[count - 1].outs(); }
+};
+
+// Those of a chain whose steps are copied to `steps`, with factors of the first axis in float32
+std::vector<Segment> segments_of(const Chain& made, std::vector<Step>& steps) {
+  steps = made.steps;
+  std::vector<Segment> found;
+  for (int64_t i = 0; i < int64_t(steps.size()); ++i) {
+    Step& step = steps[i];
+    if (step.kind == LAST || i == 0 || steps[i - 1].kind == LAST) found.push_back({&step, i});
+    Segment& segment = found.back();
+    ++segment.count;
+    const Half* factor = step.kind == SWAP ? nullptr : made.held[made.factor_of[i]].const_data_ptr<Half>();
+    if (step.kind == LAST) {
+      segment.there.factor = segment.back.factor = factor;
+      continue;
+    }
+    segment.small.emplace_back(factor ? step.a * step.b : 0);
+    if (!factor) continue;
+    widen(factor, segment.small.back().data(), step.a * step.b);
+    step.factor = segment.small.back().data();
+  }
+  return found;
+}
+
+// Room for some tokens of a segment that are done at a time: for `kept` numbers of each, and for two steps
+struct Chunk {
+  int64_t tokens;
+  float *kept, *halves[2];
+
+  Chunk(const Segment& segment, int64_t kept_of_each) {
+    int64_t most = 1;
+    for (int64_t i = 0; i < segment.count; ++i) most = std::max({most, segment.steps[i].ins(), segment.steps[i].outs()});
+    tokens = std::max<int64_t>(1, MIXED_NUMBERS / (kept_of_each + 2 * most));
+    thread_local Room<float> room;
+    kept = room.of(tokens * (kept_of_each + 2 * most));
+    halves[0] = kept + tokens * kept_of_each;
+    halves[1] = halves[0] + tokens * most;
+  }
+};
+
+// Steps of other kinds of n tokens, plus `added`, which may be null, rounded
+template <typename In>
+void mix_segment(const Segment& segment, int64_t n, const In* x, const float* added, Half* y) {
+  constexpr bool WIDENS = std::is_same_v<In, Half>;
+  const int64_t ins = segment.ins(), outs = segment.outs();
+  const Chunk chunk(segment, WIDENS ? ins : 0);
+  for (int64_t t = 0; t < n; t += chunk.tokens) {
+    const int64_t some = std::min(chunk.tokens, n - t);
+    const float* in;
+    if constexpr (WIDENS) {
+      widen(x + t * ins, chunk.kept, some * ins);
+      in = chunk.kept;
+    } else {
+      in = x + t * ins;
+    }
+    for (int64_t i = 0; i < segment.count; ++i) {
+      run(segment.steps[i], some, in, chunk.halves[i % 2], nullptr);
+      in = chunk.halves[i % 2];
+    }
+    for (int64_t k = 0; k < some; ++k) narrow(in + k * outs, added, y + (t + k) * outs, outs);
+  }
+}
+
 at::Tensor chain(Chain& made, const at::Tensor& x, const std::optional<at::Tensor>& bias) {
-  std::vector<Step> steps = made.steps;
-  const size_t count_steps = steps.size();
   const int64_t cols = made.cols, rows = made.rows, n = x.numel() / cols;
   const Half* from = made.take<Half>(x, cols);
   at::DimVector shape(x.sizes().begin(), x.sizes().end());
@@ -144,65 +216,50 @@ at::Tensor chain(Chain& made, const at::Tensor& x, const std::optional<at::Tenso
   if (bias) widen(made.take<Half>(*bias, rows), wider.data(), rows);
 
   const bool few = n * made.groups <= FEW_ROWS;
-  std::vector<std::vector<float>> small(count_steps);
-  std::vector<Wide> wide(count_steps);
+  std::vector<Step> steps;
+  std::vector<Segment> segments = segments_of(made, steps);
+  const size_t count_segments = segments.size();
   thread_local std::vector<Room<Half>> packed;
-  if (packed.size() < count_steps) packed.resize(count_steps);
+  if (packed.size() < count_segments) packed.resize(count_segments);
   int64_t between = cols;
-  for (size_t i = 0; i < count_steps; ++i) {
-    Step& step = steps[i];
-    between = std::max(between, step.outs());
-    if (step.kind == SWAP) continue;
-    const Half* factor = made.held[made.factor_of[i]].const_data_ptr<Half>();
-    if (step.kind == FIRST) {
-      small[i].resize(step.a * step.b);
-      widen(factor, small[i].data(), step.a * step.b);
-      step.factor = small[i].data();
-    } else {
-      TORCH_CHECK(step.b % 2 == 0, "compresskit: bfloat16 is multiplied in pairs, and ", step.b, " is odd");
-      wide[i].factor = factor;
-      if (!few) pack_all(step, wide[i], packed[i]);
-    }
+  for (size_t k = 0; k < count_segments; ++k) {
+    between = std::max(between, segments[k].outs());
+    if (!segments[k].multiplies()) continue;
+    const Step& step = *segments[k].steps;
+    TORCH_CHECK(step.b % 2 == 0, "compresskit: bfloat16 is multiplied in pairs, and ", step.b, " is odd");
+    if (!few) pack_all(step, segments[k].there, packed[k]);
   }
 
   const int64_t block = std::min(n, std::max({int64_t(1), BLOCK_NUMBERS / between, BLOCK_ROWS / made.groups}));
   at::parallel_for(0, n, few ? n : std::max<int64_t>(1, GRAIN / made.macs), [&](int64_t begin, int64_t end) {
-    thread_local Room<float> wide_rooms[2];
+    thread_local Room<float> room;
     thread_local Room<Half> half_rooms[2];
-    float* const sums[2] = {wide_rooms[0].of(block * between), wide_rooms[1].of(block * between)};
+    float* const sums = room.of(block * between);
     Half* const rounded[2] = {half_rooms[0].of(block * between), half_rooms[1].of(block * between)};
     for (int64_t t = begin; t < end; t += block) {
       const int64_t count = std::min(block, end - t);
-      const Half* halves = from + t * cols;  // what comes into a step: here, or else in ...
-      const float* in = nullptr;             // ... this
-      for (size_t i = 0; i < count_steps; ++i) {
-        const Step& step = steps[i];
-        const bool final = i + 1 == count_steps;
-        float* out = sums[i % 2];
-        if (step.kind == LAST) {
-          if (!halves) {
-            narrow(in, nullptr, rounded[i % 2], count * step.ins());
-            halves = rounded[i % 2];
-          }
-          if (!few && (final || steps[i + 1].kind == LAST)) {
-            Half* next = final ? to + t * rows : rounded[(i + 1) % 2];
-            multiply_round(count * step.a, step, halves, wide[i], final ? added : nullptr, next);
-            halves = next;
-            continue;
-          }
-          (few ? multiply_few : multiply)(count * step.a, step, halves, wide[i], out);
+      const Half* in = from + t * cols;
+      for (size_t k = 0; k < count_segments; ++k) {
+        const Segment* segment = &segments[k];
+        const bool mixes_next = segment->multiplies() && k + 1 < count_segments && !segments[k + 1].multiplies();
+        const bool final = k + 1 + mixes_next == count_segments;
+        const float* plus = final ? added : nullptr;
+        Half* out = final ? to + t * rows : rounded[k % 2];
+        if (!segment->multiplies()) {
+          mix_segment(*segment, count, in, plus, out);
+        } else if (!few && !mixes_next) {
+          multiply_round(count * segment->steps->a, *segment->steps, in, segment->there, plus, out);
         } else {
-          if (halves) {
-            widen(halves, sums[(i + 1) % 2], count * step.ins());
-            in = sums[(i + 1) % 2];
+          (few ? multiply_few : multiply)(count * segment->steps->a, *segment->steps, in, segment->there, sums);
+          if (mixes_next) {
+            mix_segment(segments[++k], count, sums, plus, out);
+          } else {
+            const int64_t outs = segment->outs();
+            for (int64_t j = 0; j < count; ++j) narrow(sums + j * outs, plus, out + j * outs, outs);
           }
-          run(step, count, in, out, nullptr);
         }
-        halves = nullptr;
         in = out;
       }
-      if (!halves)
-        for (int64_t k = 0; k < count; ++k) narrow(in + k * rows, added, to + (t + k) * rows, rows);
     }
     at::native::cpublas::brgemm_release();
   });

@@ -7,7 +7,6 @@ namespace half {
 constexpr int64_t DEPTH = 32;               // rows that the units add up at once
 constexpr int64_t SUMMED_ROWS = 256;        // of a sum over tokens: with less, most of the time goes into adding to it
 constexpr int64_t SUMMED_NUMBERS = 1 << 18;
-constexpr int64_t MIXED_NUMBERS = 1 << 13;  // between steps in float32
 
 // Columns begin to end of rows (rows, width) as the units read a right side that is summed over its rows: panels
 // (depth / 2, PANEL, 2), zeros for rows that are not there
@@ -69,70 +68,24 @@ void add_products(const Step& step, int64_t rows, const Half* g, const Half* x, 
                                 right + p * depth, sums + p);
 }
 
-// A product of the last axis, or neighbouring steps of other kinds, which are done in float32 and rounded in the end
-struct Segment {
-  const Step* steps;  // in float32, where they are not of the last axis
-  int64_t first, count, at = 0;  // its first step and how many, and where what comes in lies, for one token
-  Wide there, back;
-  std::vector<std::vector<float>> small, turned;
-
-  bool multiplies() const { return steps->kind == LAST; }
-  int64_t ins() const { return steps->ins(); }
-  int64_t outs() const { return steps[count - 1].outs(); }
-};
-
-// Tokens of a segment that are done at a time, and room for what lies between its steps
-struct Chunk {
-  int64_t tokens, between = 0, most = 1;
-  float *kept, *halves[2];
-
-  explicit Chunk(const Segment& segment) {
-    for (int64_t i = 0; i < segment.count; ++i) {
-      between += segment.steps[i].ins();
-      most = std::max({most, segment.steps[i].ins(), segment.steps[i].outs()});
-    }
-    tokens = std::max<int64_t>(1, MIXED_NUMBERS / (between + 2 * most));
-    thread_local Room<float> room;
-    kept = room.of(tokens * (between + 2 * most));
-    halves[0] = kept + tokens * between;
-    halves[1] = halves[0] + tokens * most;
-  }
-
-  // What comes into the first `count` steps, one behind the other
-  float* run_into(const Segment& segment, int64_t count, int64_t some, const Half* x) {
-    float* in = kept;
-    widen(x, in, some * segment.ins());
-    for (int64_t i = 0; i + 1 < count; ++i) {
-      float* out = in + tokens * segment.steps[i].ins();
-      run(segment.steps[i], some, in, out, nullptr);
-      in = out;
-    }
-    return in;
-  }
-};
-
-void mix_there(const Segment& segment, int64_t n, const Half* x, Half* y) {
-  Chunk chunk(segment);
-  const int64_t ins = segment.ins(), outs = segment.outs();
-  for (int64_t t = 0; t < n; t += chunk.tokens) {
-    const int64_t some = std::min(chunk.tokens, n - t);
-    const float* in = chunk.run_into(segment, segment.count, some, x + t * ins);
-    run(segment.steps[segment.count - 1], some, in, chunk.halves[0], nullptr);
-    narrow(chunk.halves[0], nullptr, y + t * outs, some * outs);
-  }
-}
-
 // Adds to the sums of factors that have any, from the last step back to `lowest`; x_grad may be null
 void mix_back(const Segment& segment, int64_t n, const Half* g, const Half* x, float* const* sums, int64_t lowest,
               Half* x_grad) {
-  Chunk chunk(segment);
   const int64_t ins = segment.ins(), outs = segment.outs();
-  int64_t read = 0;
+  int64_t read = 0, kept = 0;  // steps whose input is read, and numbers of these
   for (int64_t i = 0; i < segment.count; ++i)
     if (sums[i]) read = i + 1;
+  for (int64_t i = 0; i < read; ++i) kept += segment.steps[i].ins();
+  const Chunk chunk(segment, kept);
   for (int64_t t = 0; t < n; t += chunk.tokens) {
     const int64_t some = std::min(chunk.tokens, n - t);
-    const float* in = read ? chunk.run_into(segment, read, some, x + t * ins) : nullptr;
+    float* in = chunk.kept;
+    if (read) widen(x + t * ins, in, some * ins);
+    for (int64_t i = 0; i + 1 < read; ++i) {
+      float* out = in + chunk.tokens * segment.steps[i].ins();
+      run(segment.steps[i], some, in, out, nullptr);
+      in = out;
+    }
     int which = 0;
     widen(g + t * outs, chunk.halves[which], some * outs);
     for (int64_t i = segment.count - 1; i >= lowest; --i) {
@@ -149,41 +102,34 @@ void mix_back(const Segment& segment, int64_t n, const Half* g, const Half* x, f
 
 std::vector<at::Tensor> chain_backward(Chain& made, const at::Tensor& grad, const at::Tensor& x, at::TensorList factors,
                                        at::IntArrayRef needs) {
-  std::vector<Step> steps = made.steps;
-  const int64_t count_steps = steps.size(), cols = made.cols, rows = made.rows, n = x.numel() / cols;
+  const int64_t count_steps = made.steps.size(), cols = made.cols, rows = made.rows, n = x.numel() / cols;
   const Half *from = made.take<Half>(x, cols), *upstream = made.take<Half>(grad, rows);
   TORCH_CHECK(grad.numel() == n * rows, "compresskit: a gradient of ", n, " tokens is expected");
   const Wanted wanted(made, factors, needs);
 
+  std::vector<Step> steps;
+  std::vector<Segment> segments = segments_of(made, steps);
   thread_local std::vector<Room<Half>> packed;
-  if (packed.size() < size_t(2 * count_steps)) packed.resize(2 * count_steps);
-  std::vector<Segment> segments;
+  if (packed.size() < 2 * segments.size()) packed.resize(2 * segments.size());
   int64_t kept = 0, most = cols;
-  for (int64_t i = 0; i < count_steps; ++i) {
-    Step& step = steps[i];
-    most = std::max({most, step.ins(), step.outs()});
-    if (step.kind == LAST || i == 0 || steps[i - 1].kind == LAST) {
-      segments.push_back({&step, i, 0, kept});
-      if (i > 0 && i <= wanted.highest) kept += step.ins();
-    }
-    Segment& segment = segments.back();
-    ++segment.count;
-    const Half* factor = step.kind == SWAP ? nullptr : made.held[made.factor_of[i]].const_data_ptr<Half>();
-    if (step.kind != LAST) {
-      const int64_t numbers = factor ? step.a * step.b : 0;
-      segment.small.emplace_back(numbers);
-      segment.turned.emplace_back(numbers);
-      if (!factor) continue;
-      widen(factor, segment.small.back().data(), numbers);
-      step.factor = segment.small.back().data();
-      swap(step.factor, segment.turned.back().data(), step.b, step.a);
+  for (size_t k = 0; k < segments.size(); ++k) {
+    Segment& segment = segments[k];
+    most = std::max({most, segment.ins(), segment.outs()});
+    segment.at = kept;
+    if (k > 0 && segment.first <= wanted.highest) kept += segment.ins();
+    if (!segment.multiplies()) {
+      for (int64_t i = 0; i < segment.count; ++i) {
+        const Step& step = segment.steps[i];
+        segment.turned.emplace_back(segment.small[i].size());
+        if (step.kind == FIRST) swap(step.factor, segment.turned.back().data(), step.b, step.a);
+      }
       continue;
     }
+    const Step& step = *segment.steps;
     TORCH_CHECK(step.b % 2 == 0 && step.c % 2 == 0, "compresskit: bfloat16 is multiplied in pairs, and one of ", step.b,
                 " and ", step.c, " is odd");
-    segment.there.factor = segment.back.factor = factor;
-    if (i < wanted.highest) pack_all(step, segment.there, packed[2 * i]);
-    if (i > wanted.lowest || needs[0]) pack_back(step, segment.back, packed[2 * i + 1]);
+    if (segment.first < wanted.highest) pack_all(step, segment.there, packed[2 * k]);
+    if (segment.first > wanted.lowest || needs[0]) pack_back(step, segment.back, packed[2 * k + 1]);
   }
 
   const int64_t rows_at_once = (SUMMED_ROWS + made.groups - 1) / made.groups;
@@ -214,7 +160,7 @@ std::vector<at::Tensor> chain_backward(Chain& made, const at::Tensor& grad, cons
         if (segment.multiplies())
           multiply_round(count * segment.steps->a, *segment.steps, into(segment), segment.there, nullptr, out);
         else
-          mix_there(segment, count, into(segment), out);
+          mix_segment(segment, count, into(segment), nullptr, out);
       }
       const Half* g = upstream + t * rows;
       if (needs[1])
