@@ -19,7 +19,7 @@ from compresskit.core.decomposition import Analysis, Decomposition, Fitted
 from compresskit.core.importance import Importance
 from compresskit.core.kron_gpu import use_kernels
 from compresskit.core.modules import FactorizedEmbedding, FactorizedLinear
-from compresskit.core.native_build import KernelState, build_kernels, kernel_state
+from compresskit.core.native_build import KernelState, build_kernels, kernel_advice, kernel_state
 from compresskit.core.registry import decomposition, register
 from compresskit.core.registry import decompositions as methods
 from compresskit.core.structure import Structure, TensorSpec
@@ -70,6 +70,7 @@ __all__ = [
     "describe_options",
     "find_sites",
     "install_",
+    "kernel_advice",
     "kernel_state",
     "layout_of",
     "load_calibration",

@@ -161,13 +161,45 @@ inline Lanes zipped_late(Lanes a, Lanes b, std::index_sequence<I...>) {
 
 constexpr auto each = std::make_index_sequence<LANES>{};
 
+// What transpositions read and write: float32 as it is
+inline Lanes lanes_at(const float* x) { return *(const Lanes*)x; }
+inline float number_at(const float* x) { return *x; }
+
+struct Written {
+  float* y;
+  void put(int64_t at, Lanes value) const { *(Lanes*)(y + at) = value; }
+  void put(int64_t at, float value) const { y[at] = value; }
+};
+
+#if defined(COMPRESSKIT_HALF)
+// ... or bfloat16, which is float32 within; what is written is rounded, and `added`, which may be null, added before
+inline Lanes lanes_at(const at::BFloat16* x) {
+  return (Lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x)), 16);
+}
+inline float number_at(const at::BFloat16* x) { return *x; }
+
+struct Rounded {
+  at::BFloat16* y;
+  const float* added;
+  void put(int64_t at, Lanes value) const {
+    if (added) value += *(const Lanes*)(added + at);
+#if defined(__AVX512BF16__)
+    _mm256_storeu_si256((__m256i*)(y + at), (__m256i)_mm512_cvtneps_pbh((__m512)value));
+#else
+    for (int l = 0; l < LANES; ++l) y[at + l] = at::BFloat16(value[l]);
+#endif
+  }
+  void put(int64_t at, float value) const { y[at] = at::BFloat16(added ? value + added[at] : value); }
+};
+#endif
+
 // (rows, SIDE) -> (SIDE, rows), SIDE a power of two: its bits move to the front, one in each round
-template <int SIDE>
-void swap_from(const float* x, float* y, int64_t rows) {
+template <int SIDE, typename In, typename Out>
+void swap_from(const In* x, Out y, int64_t rows) {
   int64_t i = 0;
   for (; i + LANES <= rows; i += LANES) {
     Lanes now[SIDE], next[SIDE];
-    for (int v = 0; v < SIDE; ++v) now[v] = *(const Lanes*)(x + i * SIDE + v * LANES);
+    for (int v = 0; v < SIDE; ++v) now[v] = lanes_at(x + i * SIDE + v * LANES);
     for (int bits = 1; bits < SIDE; bits *= 2) {
       for (int v = 0; v < SIDE / 2; ++v) {
         next[v] = evens(now[2 * v], now[2 * v + 1], each);
@@ -175,10 +207,10 @@ void swap_from(const float* x, float* y, int64_t rows) {
       }
       for (int v = 0; v < SIDE; ++v) now[v] = next[v];
     }
-    for (int v = 0; v < SIDE; ++v) *(Lanes*)(y + v * rows + i) = now[v];
+    for (int v = 0; v < SIDE; ++v) y.put(v * rows + i, now[v]);
   }
   for (; i < rows; ++i)
-    for (int v = 0; v < SIDE; ++v) y[v * rows + i] = x[i * SIDE + v];
+    for (int v = 0; v < SIDE; ++v) y.put(v * rows + i, number_at(x + i * SIDE + v));
 }
 
 // SIDE vectors, the rows of a grid (SIDE, LANES), become its transpose (LANES, SIDE), one number behind the other
@@ -195,21 +227,22 @@ inline void interleave(Lanes (&now)[SIDE]) {
 }
 
 // (SIDE, cols) -> (cols, SIDE): the same the other way round
-template <int SIDE>
-void swap_into(const float* x, float* y, int64_t cols) {
+template <int SIDE, typename In, typename Out>
+void swap_into(const In* x, Out y, int64_t cols) {
   int64_t i = 0;
   for (; i + LANES <= cols; i += LANES) {
     Lanes now[SIDE];
-    for (int v = 0; v < SIDE; ++v) now[v] = *(const Lanes*)(x + v * cols + i);
+    for (int v = 0; v < SIDE; ++v) now[v] = lanes_at(x + v * cols + i);
     interleave<SIDE>(now);
-    for (int v = 0; v < SIDE; ++v) *(Lanes*)(y + i * SIDE + v * LANES) = now[v];
+    for (int v = 0; v < SIDE; ++v) y.put(i * SIDE + v * LANES, now[v]);
   }
   for (; i < cols; ++i)
-    for (int v = 0; v < SIDE; ++v) y[i * SIDE + v] = x[v * cols + i];
+    for (int v = 0; v < SIDE; ++v) y.put(i * SIDE + v, number_at(x + v * cols + i));
 }
 
 // y (cols, rows) = x (rows, cols).T
-void swap(const float* x, float* y, int64_t rows, int64_t cols) {
+template <typename In, typename Out>
+void swap(const In* x, Out y, int64_t rows, int64_t cols) {
   switch (cols) {
     case 2: return swap_from<2>(x, y, rows);
     case 4: return swap_from<4>(x, y, rows);
@@ -223,8 +256,10 @@ void swap(const float* x, float* y, int64_t rows, int64_t cols) {
     case 16: return swap_into<16>(x, y, cols);
   }
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < cols; ++j) y[j * rows + i] = x[i * cols + j];
+    for (int64_t j = 0; j < cols; ++j) y.put(j * rows + i, number_at(x + i * cols + j));
 }
+
+void swap(const float* x, float* y, int64_t rows, int64_t cols) { swap(x, Written{y}, rows, cols); }
 
 // One step of n tokens; by several threads where these are not yet at work
 void run(const Step& step, int64_t n, const float* x, float* y, const float* bias) {

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import final
 
 import torch
+from torch import nn
 
+from compresskit.core.modules import FactorizedLinear
 from compresskit.core.native import kernel
 from compresskit.errors import KernelError
 
@@ -71,6 +73,15 @@ def kernel_state() -> KernelState:
     """Whether layers on this processor have their compiled kernel."""
     types = tuple(str(dtype).removeprefix("torch.") for dtype in kernel.types) if kernel.loaded else ()
     return KernelState(kernel.loaded, library_path(), compiler(), types)
+
+
+def kernel_advice(model: nn.Module, device: torch.device) -> str | None:
+    """What would train this model faster on this device: the kernel, where it is not there yet but could be."""
+    natives = [module.structure.native for module in model.modules() if isinstance(module, FactorizedLinear)]
+    gains = any(native is not None and (native.trains or native.takes_half(1, training=True)) for native in natives)
+    if device.type != "cpu" or not gains or not kernel.allowed or kernel.loaded or compiler() is None:
+        return None
+    return "layers run by PyTorch's own operations: `compresskit kernels --build`, once, may train them faster here"
 
 
 def build_kernels(*, force: bool = False) -> Path:

@@ -184,23 +184,36 @@ struct Chunk {
 // Steps of other kinds of n tokens, plus `added`, which may be null, rounded
 template <typename In>
 void mix_segment(const Segment& segment, int64_t n, const In* x, const float* added, Half* y) {
-  constexpr bool WIDENS = std::is_same_v<In, Half>;
-  const int64_t ins = segment.ins(), outs = segment.outs();
-  const Chunk chunk(segment, WIDENS ? ins : 0);
+  const int64_t ins = segment.ins(), outs = segment.outs(), last = segment.count - 1;
+  const Chunk chunk(segment, 0);
   for (int64_t t = 0; t < n; t += chunk.tokens) {
     const int64_t some = std::min(chunk.tokens, n - t);
-    const float* in;
-    if constexpr (WIDENS) {
-      widen(x + t * ins, chunk.kept, some * ins);
-      in = chunk.kept;
-    } else {
+    const float* in = nullptr;
+    int64_t i = 0;
+    const auto next = [&] { return chunk.halves[i % 2]; };
+    if (const Step& step = *segment.steps; step.kind == SWAP && last > 0) {
+      for (int64_t k = 0; k < some; ++k) swap(x + (t + k) * ins, Written{next() + k * ins}, step.a, step.b);
+      in = next(), ++i;
+    } else if constexpr (std::is_same_v<In, float>) {
       in = x + t * ins;
+    } else if (last > 0 || step.kind != SWAP) {
+      widen(x + t * ins, chunk.halves[1], some * ins);
+      in = chunk.halves[1];
     }
-    for (int64_t i = 0; i < segment.count; ++i) {
-      run(segment.steps[i], some, in, chunk.halves[i % 2], nullptr);
-      in = chunk.halves[i % 2];
+    for (; i < last; ++i) {
+      run(segment.steps[i], some, in, next(), nullptr);
+      in = next();
     }
-    for (int64_t k = 0; k < some; ++k) narrow(in + k * outs, added, y + (t + k) * outs, outs);
+    const Step& step = segment.steps[last];
+    if (step.kind != SWAP) {
+      run(step, some, in, next(), nullptr);
+      for (int64_t k = 0; k < some; ++k) narrow(next() + k * outs, added, y + (t + k) * outs, outs);
+      continue;
+    }
+    for (int64_t k = 0; k < some; ++k) {
+      const Rounded to{y + (t + k) * outs, added};
+      in ? swap(in + k * outs, to, step.a, step.b) : swap(x + (t + k) * outs, to, step.a, step.b);
+    }
   }
 }
 

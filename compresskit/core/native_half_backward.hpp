@@ -80,23 +80,40 @@ void mix_back(const Segment& segment, int64_t n, const Half* g, const Half* x, f
   for (int64_t t = 0; t < n; t += chunk.tokens) {
     const int64_t some = std::min(chunk.tokens, n - t);
     float* in = chunk.kept;
-    if (read) widen(x + t * ins, in, some * ins);
+    const bool swaps = read > 1 && segment.steps->kind == SWAP;
+    if (read && !swaps) widen(x + t * ins, in, some * ins);
     for (int64_t i = 0; i + 1 < read; ++i) {
-      float* out = in + chunk.tokens * segment.steps[i].ins();
-      run(segment.steps[i], some, in, out, nullptr);
+      const Step& step = segment.steps[i];
+      float* out = in + chunk.tokens * step.ins();
+      if (i == 0 && swaps)
+        for (int64_t k = 0; k < some; ++k) swap(x + (t + k) * ins, Written{out + k * ins}, step.a, step.b);
+      else
+        run(step, some, in, out, nullptr);
       in = out;
     }
     int which = 0;
-    widen(g + t * outs, chunk.halves[which], some * outs);
-    for (int64_t i = segment.count - 1; i >= lowest; --i) {
+    int64_t i = segment.count - 1;
+    if (const Step& step = segment.steps[i]; step.kind == SWAP && i > lowest) {
+      for (int64_t k = 0; k < some; ++k)
+        swap(g + (t + k) * outs, Written{chunk.halves[which] + k * outs}, step.b, step.a);
+      --i;
+    } else {
+      widen(g + t * outs, chunk.halves[which], some * outs);
+    }
+    for (; i >= lowest; --i) {
       const Step& step = segment.steps[i];
+      if (i == 0 && x_grad && step.kind == SWAP) {
+        for (int64_t k = 0; k < some; ++k)
+          swap(chunk.halves[which] + k * ins, Rounded{x_grad + (t + k) * ins, nullptr}, step.b, step.a);
+        break;
+      }
       if (sums[i]) add_factor_gradient(step, some, chunk.halves[which], in, sums[i]);
       if (i < read && i > 0) in -= chunk.tokens * segment.steps[i - 1].ins();
       if (i == lowest && !x_grad) break;
       input_gradient(step, some, chunk.halves[which], segment.turned[i].data(), chunk.halves[1 - which]);
       which = 1 - which;
     }
-    if (x_grad) narrow(chunk.halves[which], nullptr, x_grad + t * ins, some * ins);
+    if (x_grad && segment.steps->kind != SWAP) narrow(chunk.halves[which], nullptr, x_grad + t * ins, some * ins);
   }
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from compresskit.calibration import Calibration, calibrate
+from compresskit.core.native_build import kernel_advice
 from compresskit.distill import Stage, TeacherCache, run_stages
 from compresskit.distill.anatomy import Anatomy
 from compresskit.distill.objective import bind
@@ -70,7 +71,8 @@ def distill(
         cache_teacher: keep the teacher's answers there too; large, and worth it where texts come more than once.
         resume: go on with an interrupted run.
         on_progress: called with the name of the stage after each step.
-        on_note: called with what is worth knowing: a stage that is left out, the size of the student.
+        on_note: called with what is worth knowing: a stage that is left out, the size of the student,
+            what would be faster.
 
     Raises:
         OptionError: neither task nor corpus, or the preset lacks the stage, or a size.
@@ -124,6 +126,8 @@ def distill(
         raise
     ours, theirs = count_params(last), count_params(models.teacher)
     note(f"student: {ours:,} parameters, teacher: {theirs:,}, ratio {theirs / ours:.2f}")
+    if advice := kernel_advice(last, device):
+        note(advice)
     before, teachers = processes.once(lambda: _scores(folder, splits, last, models.teacher))
     trained = run_stages(first, made, resume=resume).eval()
     metrics = processes.once(lambda: {} if splits is None else splits.dev.metrics(trained))

@@ -107,7 +107,7 @@ def native(case: Case) -> None:
     x = normal(5, case.structure.cols)
     wanted = x @ case.structure.dense(factors).T
     plans = {"plan": (found.plan, found.factors)}
-    if found.backward is not None:
+    if found.backward:
         plans["plan of the way back"] = (found.backward, found.backward_factors)
     for what, (plan, names) in plans.items():
         expect(sorted(names) == sorted(factors), f"the {what} has factors {names}, the structure {(*factors,)}")

@@ -77,14 +77,18 @@ def _train(
     """The trained model, the folder it came from, its task with all labels, and how it went."""
     import transformers
 
+    from compresskit import kernel_advice
     from compresskit.hub import resolve
-    from compresskit.tasks import align_labels, finetune_, model_for, tokenizer_for, with_labels_of
+    from compresskit.tasks import align_labels, finetune_, is_first, model_for, tokenizer_for, with_labels_of
+    from compresskit_cli.render import progress_console
     from compresskit_cli.training import training_bar
 
     folder = resolve(model, revision)
     task = with_labels_of(task, data, "train")
     transformers.set_seed(settings.seed)  # of the new head
     loaded, tokenizer = model_for(task, folder, new_head=True), tokenizer_for(folder)
+    if is_first() and (advice := kernel_advice(loaded, settings.torch_device())):
+        progress_console.print(advice, soft_wrap=True)
     with training_bar() as on_progress:
         training = finetune_(loaded, tokenizer, task, data, run, settings, on_progress=on_progress, **how)
     return loaded.cpu(), folder, align_labels(task, loaded.config), training

@@ -310,6 +310,21 @@ def test_a_compiler_finds_it_before_any_layer_has_run(kernel_folder, tmp_path):
     assert later(tmp_path, COMPILED_FIRST)[0] == "False"
 
 
+def test_training_says_what_would_make_it_faster(kernel_folder, no_kernel, monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    model = nn.Sequential(nn.Linear(20, 20), layer_of(structure_of((4, 2), (8, 10), 1, True), torch.float32))
+    others = nn.Sequential(nn.Linear(20, 20), layer_of(LowRank(32, 20, 6), torch.float32))
+    assert "compresskit kernels --build" in native_build.kernel_advice(model, cpu)
+    assert native_build.kernel_advice(model, cuda) is native_build.kernel_advice(others, cpu) is None
+    with compresskit.use_kernels("pytorch"):
+        assert native_build.kernel_advice(model, cpu) is None  # not wanted
+    monkeypatch.setattr(kernel, "_ops", kernel_folder[1])
+    assert native_build.kernel_advice(model, cpu) is None  # there
+    monkeypatch.setattr(kernel, "_ops", None)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert native_build.kernel_advice(model, cpu) is None  # cannot be
+
+
 @pytest.mark.skipif(native_build.compiler() is None, reason="needs a C++ compiler")
 def test_a_damaged_file_is_said_once_and_made_anew_when_asked(no_kernel):
     path = compresskit.kernel_state().path

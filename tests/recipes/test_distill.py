@@ -10,6 +10,7 @@ import transformers
 import compresskit
 import compresskit.recipes as recipes
 import compresskit.tasks as tasks
+from compresskit.core import native_build
 from compresskit.errors import CheckpointError, DataError, DistillError, OptionError, TrainingError
 from compresskit.recipes.stages import SaveByClock
 from compresskit.tasks import Processes, custom_task, find_task
@@ -156,6 +157,7 @@ def test_without_a_corpus_stage_1_is_left_out_and_said(teacher, reviews, tmp_pat
     )
     assert [stage.name for stage in result.stages] == ["task"]
     assert any("one-stage ablation" in note for note in notes)
+    assert sum("compresskit kernels --build" in note for note in notes) == (native_build.compiler() is not None)
 
 
 def test_without_a_base_the_student_goes_on_in_stage_2(teacher, reviews, text, tmp_path):
