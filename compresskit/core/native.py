@@ -62,12 +62,6 @@ class Native:
         """Of each factor of the way back, its place in `factors`."""
         return tuple(self.factors.index(name) for name in self.backward_factors or self.factors)
 
-    def takes(self, dtype: torch.dtype, tokens: int, *, training: bool) -> bool:
-        """Whether so many tokens of a type that the kernel takes are for it."""
-        if dtype is torch.float32:
-            return self.trains or not training
-        return self.takes_half(tokens, training=training)
-
     @cached_property
     def _plain(self) -> bool:
         """Whether products of the last axis are all there is, of whole tokens."""
@@ -224,15 +218,16 @@ class Kernel:
         training = torch.is_grad_enabled() and (
             x.requires_grad or any(f.requires_grad for f in factors) or (bias is not None and bias.requires_grad)
         )
-        tokens = x.numel() // max(x.shape[-1], 1)
-        if (training and torch.compiler.is_compiling()) or not native.takes(dtype, tokens, training=training):
+        if training and (torch.compiler.is_compiling() or (dtype is torch.float32 and not native.trains)):
             return None
+        if dtype is not torch.float32 and not native.takes_half(x.numel() // max(x.shape[-1], 1), training=training):
+            return None
+        x = x if x.dtype is dtype else x.to(dtype)
         y: Tensor
-        x = x.to(dtype)
         if training:
             y = _Chain.apply(self._ops, native, product, x, bias, *factors)  # type: ignore[no-untyped-call]
         else:
-            y = self._ops[0](x, _of_type(factors, x.dtype), native.plan, None if bias is None else bias.to(x.dtype))
+            y = self._ops[0](x, *_of_type(dtype, factors, native.plan, bias))
         return y
 
 
@@ -256,7 +251,7 @@ class _Chain(torch.autograd.Function):
     ) -> Tensor:
         ctx.ops, ctx.native, ctx.product = ops, native, product
         ctx.save_for_backward(x, bias, *factors)
-        y: Tensor = ops[0](x, _of_type(factors, x.dtype), native.plan, None if bias is None else bias.to(x.dtype))
+        y: Tensor = ops[0](x, *_of_type(x.dtype, factors, native.plan, bias))
         return y
 
     @staticmethod
@@ -267,20 +262,12 @@ class _Chain(torch.autograd.Function):
             with torch.autocast("cpu", x.dtype, enabled=factors[0].dtype is not x.dtype):
                 return None, None, None, *_derived(ctx.product, grad, (x, bias, *factors), needs)
         order = ctx.native.order
-        turned = _of_type([factors[i] for i in order], x.dtype)
+        turned = [factors[i].to(x.dtype) for i in order]
         wanted = (*needs[:2], *(needs[2 + i] for i in order))
         found = ctx.ops[1](grad, x, turned, ctx.native.way_back, wanted)
         gradients = [*found[:2], *(found[2 + order.index(i)] for i in range(len(order)))]
-        like = (x, bias, *factors)
-        return (
-            None,
-            None,
-            None,
-            *(
-                value.to(tensor.dtype) if need else None
-                for value, tensor, need in zip(gradients, like, needs, strict=True)
-            ),
-        )
+        like = zip(gradients, (x, bias, *factors), needs, strict=True)
+        return None, None, None, *(value.to(tensor.dtype) if need else None for value, tensor, need in like)
 
 
 def _derived(product: Product, grad: Tensor, inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Any]:
@@ -292,8 +279,13 @@ def _derived(product: Product, grad: Tensor, inputs: Sequence[Tensor | None], ne
     return [next(found) if need else None for need in needs]
 
 
-def _of_type(factors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
-    return factors if factors[0].dtype is dtype else [factor.to(dtype) for factor in factors]
+def _of_type(
+    dtype: torch.dtype, factors: Sequence[Tensor], plan: Plan, bias: Tensor | None
+) -> tuple[Sequence[Tensor], Plan, Tensor | None]:
+    """What the kernel reads beside the input; under autocast the parameters of a layer are wider than it is."""
+    if factors[0].dtype is dtype or not torch.is_autocast_enabled("cpu"):
+        return factors, plan, bias
+    return [factor.to(dtype) for factor in factors], plan, None if bias is None else bias.to(dtype)
 
 
 def _is_watched() -> bool:

@@ -36,6 +36,9 @@ def layer_row(result):
     for count in ("1", "16", "128", "1024"):
         plain, ours = (sum(s["limit"] > 1 > way(s)["forward"][count] for s in structures) for way in WAYS)
         slower += [f"{count}: {plain} → {ours}"] * (plain + ours > 0)
+    if configuration["step_tokens"]:
+        plain, ours = (sum(s["limit"] > 1 > way(s)["step"]["128"] for s in structures) for way in WAYS)
+        slower += [f"step: {plain} → {ours}"] * (plain + ours > 0)
     return line_of([*cells, ", ".join(slower) or "none"])
 
 
@@ -66,3 +69,24 @@ def test_whole_models(section):
     wanted = model_rows(compiled("model-speed", section))
     assert wanted
     assert sorted(rows_below(section, ("minilm-l6", "bert-base"))) == sorted(wanted)
+
+
+def step_row(result):
+    """Time of a step / a dense student's, by PyTorch and by the kernel; what the kernel saves; and against by hand."""
+    configuration, figures = result["configuration"], result["figures"]
+    return line_of(
+        [
+            f"{NAMES[configuration['method']]} {configuration['ratio']:g}",
+            configuration.get("dtype", "float32"),
+            f"{figures['plain_over_dense']:.2f} → {figures['time_over_dense']:.2f}",
+            f"{figures['time_over_plain']:.2f}",
+            f"{figures['time_ratio']:.2f}",
+        ]
+    )
+
+
+def test_steps_of_distillation():
+    results = [result for result in results_of("distill") if result["configuration"].get("kernel") == "compiled"]
+    assert results
+    wanted = sorted(map(step_row, results))
+    assert sorted(rows_below("A step of distillation", ("Kronecker", "SVD"))) == wanted

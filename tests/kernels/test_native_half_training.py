@@ -256,6 +256,24 @@ def test_what_does_not_fit_is_refused(half):
         backward(grad[:, :5], x, [factor[:5]], (0, 1, 20, 5), (1, 1, 1))
 
 
+def test_without_autocast_types_have_to_agree(half):
+    layer = layer_of(structure_of((4, 2), (8, 10), 1, True), torch.float32)
+    for grad in (True, False):
+        with (
+            torch.set_grad_enabled(grad),
+            pytest.raises(RuntimeError, match="in bfloat16 on the processor is expected"),
+        ):
+            layer(torch.randn(7, 20, dtype=HALF))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_second_derivatives_warn_of_nothing(dtype, half):
+    layer, x = layer_of(structure_of((4, 2), (8, 10), 1, True), dtype), torch.randn(7, 20, dtype=dtype)
+    (first,) = torch.autograd.grad(layer(x.requires_grad_()).square().sum(), x, create_graph=True)
+    assert first.requires_grad
+
+
 def test_modes_that_are_not_bfloat16_are_pytorchs(native, monkeypatch):
     layer, x = layer_of(structure_of((4, 2), (8, 10), 1, True), torch.float32), torch.randn(7, 20)
     with torch.no_grad(), torch.autocast("cpu", torch.float16):
