@@ -54,13 +54,14 @@ class KronForm:
         if self.terms > 1:
             return Native(plan, factors)
         trains = self.r * self.s <= MOST_TRAINED and self.cols <= WIDEST_TRAINED
-        return Native(plan, factors, *self._ordered(self.p > self.q), trains=trains)
+        back, half = (self._ordered(self.p > self.q, pairs=pairs) for pairs in (False, True))
+        return Native(plan, factors, *back, half_backward=half[0], trains=trains)
 
-    def _ordered(self, wide_first: bool) -> tuple[Plan, tuple[str, str]]:
+    def _ordered(self, wide_first: bool, *, pairs: bool = False) -> tuple[Plan, tuple[str, str]]:
         p, q, r, s, k = self.p, self.q, self.r, self.s, self.terms
         if wide_first:
             products, factors = (*last_axis(q, s, k * r), *first_axis(q * k, p, r)), ("wide", "small")
-        elif p * k == 1 and not self.small_left:
+        elif p * k == 1 and not self.small_left and not pairs:
             return (*last_axis(s, q, 1), *last_axis(1, s, r)), ("small", "wide")  # nothing to swap
         else:
             products, factors = (*first_axis(q, p * k, s), *last_axis(p, k * s, r)), ("small", "wide")

@@ -43,6 +43,7 @@ class Native:
         factors: names of the factors in their order.
         backward: steps that give the same with less to compute again on the way back; none: the same ones.
         backward_factors: names in the order of these.
+        half_backward: other steps with factors in that order, for bfloat16; none: the same ones.
         trains: whether layers in float32 are trained by the kernel, too.
     """
 
@@ -50,12 +51,13 @@ class Native:
     factors: tuple[str, ...]
     backward: Plan = ()
     backward_factors: tuple[str, ...] = ()
+    half_backward: Plan = ()
     trains: bool = False
 
-    @cached_property
-    def way_back(self) -> Plan:
+    def way_back(self, dtype: torch.dtype) -> Plan:
         """The steps that the kernel goes back."""
-        return self.backward or self.plan
+        half = () if dtype is torch.float32 else self.half_backward
+        return half or self.backward or self.plan
 
     @cached_property
     def order(self) -> tuple[int, ...]:
@@ -85,9 +87,10 @@ class Native:
 
     @cached_property
     def _pairs(self) -> bool:
-        """Whether all sides of its factors are even, as the units need them on the way back."""
-        sides = [side for kind, _, *sides in _steps(self.way_back) if kind == LAST for side in sides]
-        return all(side % 2 == 0 for side in sides)
+        """Whether the sides of its factors that the units add up over, there and back, are even."""
+        there = [ins for kind, _, ins, _ in _steps(self.plan) if kind == LAST]
+        back = [side for kind, _, *sides in _steps(self.way_back(torch.bfloat16)) if kind == LAST for side in sides]
+        return all(side % 2 == 0 for side in (*there, *back))
 
     def takes_half(self, tokens: int, *, training: bool = False) -> bool:
         """Whether so many tokens in bfloat16 are for the kernel.
@@ -264,7 +267,7 @@ class _Chain(torch.autograd.Function):
         order = ctx.native.order
         turned = [factors[i].to(x.dtype) for i in order]
         wanted = (*needs[:2], *(needs[2 + i] for i in order))
-        found = ctx.ops[1](grad, x, turned, ctx.native.way_back, wanted)
+        found = ctx.ops[1](grad, x, turned, ctx.native.way_back(x.dtype), wanted)
         gradients = [*found[:2], *(found[2 + order.index(i)] for i in range(len(order)))]
         like = zip(gradients, (x, bias, *factors), needs, strict=True)
         return None, None, None, *(value.to(tensor.dtype) if need else None for value, tensor, need in like)

@@ -109,6 +109,9 @@ def native(case: Case) -> None:
     plans = {"plan": (found.plan, found.factors)}
     if found.backward:
         plans["plan of the way back"] = (found.backward, found.backward_factors)
+    if found.half_backward:
+        names = found.backward_factors or found.factors
+        plans["plan of the way back in bfloat16"] = (found.half_backward, names)
     for what, (plan, names) in plans.items():
         expect(sorted(names) == sorted(factors), f"the {what} has factors {names}, the structure {(*factors,)}")
         expect_close(

@@ -14,6 +14,10 @@ from tests.kernels.test_native import CHAINS, KRONECKER, others
 from tests.kernels.test_native_half import HALF, MIXED, ROUNDED, run_steps, sides_of
 
 EXACT = 4 * ROUNDED
+STRUCTURES = [s for s in KRONECKER[::3] if s.small != (1, 1)] + [
+    *CHAINS,
+    *others(),
+]  # a sum that is one number cancels out
 
 
 def autocast():
@@ -46,7 +50,7 @@ def trained(structure, tokens):
 
 
 @pytest.mark.parametrize("threads", [1, 3], indirect=True)
-@pytest.mark.parametrize("structure", [*KRONECKER[::3], *CHAINS, *others()], ids=str)
+@pytest.mark.parametrize("structure", STRUCTURES, ids=str)
 def test_gradients_are_exact_but_for_rounding(structure, threads, half):
     for tokens in (1, 5, 300):
         torch.manual_seed(tokens)
@@ -62,7 +66,7 @@ def test_gradients_are_exact_but_for_rounding(structure, threads, half):
 
 
 def test_most_structures_of_these_are_trained():
-    assert sum(trained(structure, 300) for structure in [*KRONECKER[::3], *others()]) > 20
+    assert sum(trained(structure, 300) for structure in STRUCTURES) > 20
 
 
 @pytest.mark.parametrize("tokens", [0, 2, 700])
