@@ -106,12 +106,12 @@ def native(case: Case) -> None:
         return
     x = normal(5, case.structure.cols)
     wanted = x @ case.structure.dense(factors).T
-    plans = {"plan": (found.plan, found.factors)}
-    if found.backward:
-        plans["plan of the way back"] = (found.backward, found.backward_factors)
-    if found.half_backward:
-        names = found.backward_factors or found.factors
-        plans["plan of the way back in bfloat16"] = (found.half_backward, names)
+    back = found.backward_factors or found.factors
+    plans = {
+        "plan": (found.plan, found.factors),
+        "plan of the way back": (found.way_back(torch.float32), back),
+        "plan of the way back in bfloat16": (found.way_back(torch.bfloat16), back),
+    }
     for what, (plan, names) in plans.items():
         expect(sorted(names) == sorted(factors), f"the {what} has factors {names}, the structure {(*factors,)}")
         expect_close(
