@@ -230,7 +230,7 @@ class Kernel:
         if training:
             y = _Chain.apply(self._ops, native, product, x, bias, *factors)  # type: ignore[no-untyped-call]
         else:
-            y = self._ops[0](x, *_of_type(dtype, factors, native.plan, bias))
+            y = _forward(self._ops, native, x, bias, factors)
         return y
 
 
@@ -254,8 +254,7 @@ class _Chain(torch.autograd.Function):
     ) -> Tensor:
         ctx.ops, ctx.native, ctx.product = ops, native, product
         ctx.save_for_backward(x, bias, *factors)
-        y: Tensor = ops[0](x, *_of_type(x.dtype, factors, native.plan, bias))
-        return y
+        return _forward(ops, native, x, bias, factors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -282,13 +281,12 @@ def _derived(product: Product, grad: Tensor, inputs: Sequence[Tensor | None], ne
     return [next(found) if need else None for need in needs]
 
 
-def _of_type(
-    dtype: torch.dtype, factors: Sequence[Tensor], plan: Plan, bias: Tensor | None
-) -> tuple[Sequence[Tensor], Plan, Tensor | None]:
-    """What the kernel reads beside the input; under autocast the parameters of a layer are wider than it is."""
-    if factors[0].dtype is dtype or not torch.is_autocast_enabled("cpu"):
-        return factors, plan, bias
-    return [factor.to(dtype) for factor in factors], plan, None if bias is None else bias.to(dtype)
+def _forward(ops: Any, native: Native, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]) -> Tensor:
+    """The chain of x; under autocast the parameters of a layer are wider than it is."""
+    if factors[0].dtype is not x.dtype and torch.is_autocast_enabled("cpu"):
+        factors, bias = [factor.to(x.dtype) for factor in factors], None if bias is None else bias.to(x.dtype)
+    y: Tensor = ops[0](x, factors, native.plan, bias)
+    return y
 
 
 def _is_watched() -> bool:

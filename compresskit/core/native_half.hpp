@@ -25,15 +25,10 @@ void widen(const Half* x, float* y, int64_t count) {
 
 // y = x + added, rounded; added may be null
 void narrow(const float* x, const float* added, Half* y, int64_t count) {
+  const Rounded to{y, added};
   int64_t i = 0;
-#if defined(__AVX512BF16__)
-  for (; i + 16 <= count; i += 16) {
-    __m512 sum = _mm512_loadu_ps(x + i);
-    if (added) sum = _mm512_add_ps(sum, _mm512_loadu_ps(added + i));
-    _mm256_storeu_si256((__m256i*)(y + i), (__m256i)_mm512_cvtneps_pbh(sum));
-  }
-#endif
-  for (; i < count; ++i) y[i] = Half(added ? x[i] + added[i] : x[i]);
+  for (; i + LANES <= count; i += LANES) to.put(i, lanes_at(x + i));
+  for (; i < count; ++i) to.put(i, x[i]);
 }
 
 // y (16, 16) = x (16, 16).T, rows `x_step` and `y_step` apart; the first `some` rows of y. Numbers are moved, never
@@ -70,14 +65,21 @@ struct Wide {
   const Half* packed = nullptr;
 };
 
-void pack_all(const Step& step, Wide& wide, Room<Half>& room) {
-  const int64_t panels = (step.c + PANEL - 1) / PANEL;
-  Half* to = room.of(panels * PANEL * step.b);
-  at::parallel_for(0, panels, 1 + PACK_GRAIN / (PANEL * step.b), [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p)
-      pack(wide.factor + p * PANEL * step.b, std::min(PANEL, step.c - p * PANEL), step.b, PANEL, to + p * PANEL * step.b);
+// All panels of a right side (depth, width), each by `pack_panel(first column, where to)`
+template <typename PackPanel>
+void pack_panels(int64_t width, int64_t depth, Wide& wide, Room<Half>& room, const PackPanel& pack_panel) {
+  const int64_t panels = (width + PANEL - 1) / PANEL;
+  Half* to = room.of(panels * PANEL * depth);
+  at::parallel_for(0, panels, 1 + PACK_GRAIN / (PANEL * depth), [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) pack_panel(p * PANEL, to + p * PANEL * depth);
   });
   wide.packed = to;
+}
+
+void pack_all(const Step& step, Wide& wide, Room<Half>& room) {
+  pack_panels(step.c, step.b, wide, room, [&](int64_t column, Half* to) {
+    pack(wide.factor + column * step.b, std::min(PANEL, step.c - column), step.b, PANEL, to);
+  });
 }
 
 void panel(int64_t rows, const Step& step, const Half* a, const Wide& wide, int64_t at, float* c, int64_t c_step) {

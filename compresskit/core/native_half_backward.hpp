@@ -8,20 +8,17 @@ constexpr int64_t DEPTH = 32;               // rows that the units add up at onc
 constexpr int64_t SUMMED_ROWS = 256;        // of a sum over tokens: with less, most of the time goes into adding to it
 constexpr int64_t SUMMED_NUMBERS = 1 << 18;
 
-// Columns begin to end of rows (rows, width) as the units read a right side that is summed over its rows: panels
+// A panel, `some` columns from x on, of rows (rows, width) as the units read a right side that is summed over its rows:
 // (depth / 2, PANEL, 2), zeros for rows that are not there
-void pack_rows(const Half* x, int64_t rows, int64_t depth, int64_t width, int64_t begin, int64_t end, Half* y) {
-  const auto* from = reinterpret_cast<const uint16_t*>(x);
-  auto* to = reinterpret_cast<uint32_t*>(y + begin * depth);
-  for (int64_t p = begin; p < end; p += PANEL) {
-    const int64_t some = std::min(PANEL, end - p);
-    for (int64_t k = 0; k < depth; k += 2, to += PANEL) {
-      const uint16_t *even = from + k * width + p, *odd = even + width;
-      if (k + 1 < rows)
-        for (int64_t j = 0; j < some; ++j) to[j] = even[j] | uint32_t(odd[j]) << 16;
-      else
-        for (int64_t j = 0; j < some; ++j) to[j] = k < rows ? even[j] : 0;
-    }
+void pack_rows(const Half* x, int64_t rows, int64_t depth, int64_t width, int64_t some, Half* y) {
+  const auto* even = reinterpret_cast<const uint16_t*>(x);
+  auto* to = reinterpret_cast<uint32_t*>(y);
+  for (int64_t k = 0; k < depth; k += 2, to += PANEL, even += 2 * width) {
+    const uint16_t* odd = even + width;
+    if (k + 1 < rows)
+      for (int64_t j = 0; j < some; ++j) to[j] = even[j] | uint32_t(odd[j]) << 16;
+    else
+      for (int64_t j = 0; j < some; ++j) to[j] = k < rows ? even[j] : 0;
   }
 }
 
@@ -48,24 +45,22 @@ void turn(const Half* x, int64_t rows, int64_t depth, int64_t width, Half* y) {
 }
 
 void pack_back(const Step& step, Wide& wide, Room<Half>& room) {
-  const int64_t panels = (step.b + PANEL - 1) / PANEL;
-  Half* to = room.of(panels * PANEL * step.c);
-  at::parallel_for(0, panels, 1 + PACK_GRAIN / (PANEL * step.c), [&](int64_t begin, int64_t end) {
-    pack_rows(wide.factor, step.c, step.c, step.b, begin * PANEL, std::min(step.b, end * PANEL), to);
+  pack_panels(step.b, step.c, wide, room, [&](int64_t column, Half* to) {
+    pack_rows(wide.factor + column, step.c, step.c, step.b, std::min(PANEL, step.b - column), to);
   });
-  wide.packed = to;
 }
 
 // sums (outs, ins) += g (rows, outs).T @ x (rows, ins)
 void add_products(const Step& step, int64_t rows, const Half* g, const Half* x, float* sums) {
   thread_local Room<Half> left_room, right_room;
-  const int64_t depth = (rows + DEPTH - 1) / DEPTH * DEPTH, wide = (step.b + PANEL - 1) / PANEL * PANEL;
-  Half *left = left_room.of(step.c * depth), *right = right_room.of(wide * depth);
+  const int64_t depth = (rows + DEPTH - 1) / DEPTH * DEPTH;
+  Half *left = left_room.of(step.c * depth), *right = right_room.of(PANEL * depth);
   turn(g, rows, depth, step.c, left);
-  pack_rows(x, rows, depth, step.b, 0, step.b, right);
-  for (int64_t p = 0; p < step.b; p += PANEL)
-    at::native::cpublas::brgemm(step.c, std::min(PANEL, step.b - p), depth, depth, PANEL, step.b, true, left,
-                                right + p * depth, sums + p);
+  for (int64_t p = 0; p < step.b; p += PANEL) {
+    const int64_t some = std::min(PANEL, step.b - p);
+    pack_rows(x + p, rows, depth, step.b, some, right);
+    at::native::cpublas::brgemm(step.c, some, depth, depth, PANEL, step.b, true, left, right, sums + p);
+  }
 }
 
 // Adds to the sums of factors that have any, from the last step back to `lowest`; x_grad may be null

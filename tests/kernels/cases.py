@@ -36,3 +36,12 @@ def exact(layer, x):
 def error(found, wanted):
     """Relative, in Frobenius norm; not a number where any of `found` is none."""
     return float((found.detach().cpu().double() - wanted).norm() / wanted.norm())
+
+
+def gradients(layer, x, upstream, wanted=None):
+    """Of input and parameters in their order, or of those that are wanted."""
+    inputs = [x, *layer.parameters()]
+    chosen = [tensor for k, tensor in enumerate(inputs) if wanted is None or wanted[k]]
+    for tensor in inputs:
+        tensor.requires_grad_(any(tensor is other for other in chosen))
+    return torch.autograd.grad(layer(x), chosen, upstream)

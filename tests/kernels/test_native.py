@@ -16,7 +16,7 @@ from compresskit.core import native_build
 from compresskit.core.native import kernel
 from compresskit.decompositions.svd import LowRank
 from compresskit.errors import KernelError
-from tests.kernels.cases import SMALL, WIDE, error, exact, layer_of, structure_of
+from tests.kernels.cases import SMALL, WIDE, error, exact, gradients, layer_of, structure_of
 
 KRONECKER = [
     structure_of(small, wide, terms, left, padding)
@@ -79,15 +79,6 @@ def test_rows_that_do_not_lie_together(structure, native):
         ):
             assert error(layer(x), exact(layer, x)) < 1e-6
     assert native
-
-
-def gradients(layer, x, upstream, wanted=None):
-    """Of input and parameters in their order, or of those that are wanted."""
-    inputs = [x, *layer.parameters()]
-    chosen = [tensor for k, tensor in enumerate(inputs) if wanted is None or wanted[k]]
-    for tensor in inputs:
-        tensor.requires_grad_(any(tensor is other for other in chosen))
-    return torch.autograd.grad(layer(x), chosen, upstream)
 
 
 @pytest.mark.parametrize("threads", [1, 3], indirect=True)

@@ -9,28 +9,17 @@ from torch import nn
 import compresskit
 from compresskit.core.native import HALF_TRAINED, kernel
 from compresskit.decompositions.svd import LowRank
-from tests.kernels.cases import error, exact, layer_of, structure_of
+from tests.kernels.cases import error, exact, gradients, layer_of, structure_of
 from tests.kernels.test_native import CHAINS, KRONECKER, others
 from tests.kernels.test_native_half import HALF, MIXED, ROUNDED, run_steps, sides_of
 
 EXACT = 4 * ROUNDED
-STRUCTURES = [s for s in KRONECKER[::3] if s.small != (1, 1)] + [
-    *CHAINS,
-    *others(),
-]  # a sum that is one number cancels out
+STRUCTURES = [*(s for s in KRONECKER[::3] if s.small != (1, 1)), *CHAINS, *others()]
+"""A gradient that is one number may be a sum that cancels out."""
 
 
 def autocast():
     return torch.autocast("cpu", HALF)
-
-
-def gradients(layer, x, upstream, wanted=None):
-    """Of input and parameters in their order, or of those that are wanted."""
-    inputs = [x, *layer.parameters()]
-    chosen = [tensor for k, tensor in enumerate(inputs) if wanted is None or wanted[k]]
-    for tensor in inputs:
-        tensor.requires_grad_(any(tensor is other for other in chosen))
-    return torch.autograd.grad(layer(x), chosen, upstream)
 
 
 def exact_gradients(layer, x, upstream):
