@@ -44,7 +44,7 @@ def write_result(entry, results, **changes):
 
 
 def test_smoke_suite_runs_once_and_reports(tmp_path, monkeypatch):
-    monkeypatch.setenv("COMPRESSKIT_CACHE", str(tmp_path / "cache"))  # two experiments compile the kernel
+    monkeypatch.setenv("COMPRESSKIT_CACHE", str(tmp_path / "cache"))  # three experiments use the kernel
     suites, results = tmp_path / "suites", tmp_path / "results"
     suites.mkdir()
     shutil.copy(SUITES / "smoke.toml", suites)

@@ -14,6 +14,7 @@ import transformers
 
 import compresskit
 import compresskit.tasks as tasks
+from compresskit.core import native_build
 from tests.cli.conftest import Cli, Fails, fingerprint
 from tests.tasks.conftest import WORDS, tiny_config
 
@@ -154,6 +155,18 @@ def test_what_cannot_be_is_explained_and_leaves_nothing(
     fails(command, teacher, *arguments, *output, match=match, status=status)
 
 
+def test_training_says_what_would_make_it_faster(cli: Cli, place: Path, teacher: Path, no_kernel: Path) -> None:
+    """A compressed model; a dense one has nothing to gain."""
+    assert cli("compress", teacher, "-m", "kronecker", "--ratio", "1.5", "-o", "cut").status == 0
+    said = {}
+    for model in ("cut", str(teacher)):
+        asked = ("--task", "sst2", "--data", "data", *FAST, "--max-steps", "1", "-o", f"out-{Path(model).name}")
+        outcome = cli("finetune", model, *asked)
+        assert outcome.status == 0, outcome.err
+        said[model] = "`compresskit kernels --build`, once, may train them faster here" in outcome.err
+    assert said == {"cut": native_build.compiler() is not None, str(teacher): False}
+
+
 def test_a_model_without_a_head_or_with_other_labels_is_refused(place: Path, teacher: Path, fails: Fails) -> None:
     fails("evaluate", "encoder", "--task", "sst2", "--data", "data", match=r"classifier\..*compresskit finetune")
     Path("data/dev.tsv").write_text("premise\thypothesis\tlabel\na\tb\tneutral\n")
@@ -171,6 +184,7 @@ def test_the_model_and_other_folders_are_never_replaced(place: Path, fails: Fail
 TRAIN = """
 import sys, time, transformers
 import compresskit.tasks as tasks
+from compresskit.core import native_build
 from compresskit_cli.app import main
 slow = tasks.ProgressCallback.on_step_end
 def on_step_end(self, args, state, control, **more):
