@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, final
 
 from benchmarks.experiments import Experiment, ExperimentSkipped, Outcome, SuiteError
+from benchmarks.timing import WAYS
 
 STAGES = ("two", "one")
 FIRST = ("base", "teacher")
@@ -43,10 +44,11 @@ class Recipe(Experiment):
         dtype: bfloat16 multiplies in that type, tf32 in TensorFloat-32 where the device can; weights and optimiser are
             float32 all the same.
         device: where everything is trained.
+        kernel: `pytorch` or `compiled`: what layers of students run by.
     """
 
     kind: ClassVar[str] = "recipe"
-    later: ClassVar[tuple[str, ...]] = ("device", "first")
+    later: ClassVar[tuple[str, ...]] = ("device", "first", "kernel")
 
     preset: str
     ratio: float
@@ -58,6 +60,7 @@ class Recipe(Experiment):
     texts: str = "data"
     dtype: str = "float32"
     device: str = "cpu"
+    kernel: str = WAYS[0]
 
     def run(self, data: Path | None) -> Outcome:
         with TemporaryDirectory() as work:
