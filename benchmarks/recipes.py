@@ -4,6 +4,7 @@ Everything lies in one work folder and is made when it is missing; what was inte
 """
 
 import json
+import random
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from filelock import FileLock
 
 from benchmarks.devices import trains_on
 from benchmarks.embeddings import SENTENCES, read_sentences
+from benchmarks.experiments.recipe import BEFORE
 from benchmarks.models import REAL, load_model, minilm_folder
 from compresskit.recipes import Preset, distill
 from compresskit.tasks import (
@@ -30,6 +32,8 @@ from compresskit.tasks import (
     with_labels_of,
 )
 
+HELD_OUT = 800
+"""Of its rows, to choose the best checkpoint by."""
 OWN = "own"
 """The task and the texts that this project has itself: its sentences, labelled by their length."""
 
@@ -85,21 +89,40 @@ class Workshop:
         assert self.data is not None
         return self.data / "text"
 
-    def teacher(self, name: str, settings: Mapping[str, Any]) -> Path:
-        """Folder `teacher-<task>` of the model that was fine-tuned on a task; made unless it is there."""
-        folder = self.work / f"teacher-{name}"
+    def teacher(self, name: str, settings: Mapping[str, Any], before: str = "") -> Path:
+        """Folder `teacher-<task>` of the model that was fine-tuned on a task; made unless it is there.
+
+        Args:
+            before: that was learnt first, of `BEFORE`, if any.
+        """
+        folder = self.work / (f"teacher-{name}-after-{before}" if before else f"teacher-{name}")
+        start = self._learned(before) if before else self.base()
         with self._alone(folder):
             if not folder.exists():
-                self._finetune(name, folder, settings)
+                self._finetune(*self.task(name), start, folder, settings)
         return folder
 
-    def _finetune(self, name: str, folder: Path, settings: Mapping[str, Any]) -> None:
-        task, data = self.task(name)
+    def _learned(self, name: str) -> Path:
+        """Folder `before-<name>` of the model that was fine-tuned on a dev set whose task has no other data."""
+        assert self.data is not None
+        source, columns, settings = BEFORE[name]
+        folder, parts = self.work / f"before-{name}", self.work / f"before-{name}-data"
+        with self._alone(folder):
+            if not folder.exists():
+                rows = (self.data / source).read_text(encoding="utf-8").splitlines()
+                random.Random(0).shuffle(rows)  # noqa: S311 - a split, no secret
+                parts.mkdir(parents=True, exist_ok=True)
+                for split, part in (("train", rows[HELD_OUT:]), ("dev", rows[:HELD_OUT])):
+                    (parts / f"{split}.jsonl").write_text("\n".join(part) + "\n", encoding="utf-8")
+                self._finetune(custom_task("classification", columns, "label"), parts, self.base(), folder, settings)
+        return folder
+
+    def _finetune(self, task: Task, data: Path, start: Path, folder: Path, settings: Mapping[str, Any]) -> None:
         where = trains_on(self.device)
         training = TrainSettings(seed=self.seed, bf16=self.dtype == "bfloat16", device=where, **settings)
         transformers.set_seed(self.seed)  # of the new head
-        model = model_for(with_labels_of(task, data, "train"), self.base(), new_head=True)
-        tokenizer, run = tokenizer_for(self.base()), self.work / f"teacher-{name}.training"
+        model = model_for(with_labels_of(task, data, "train"), start, new_head=True)
+        tokenizer, run = tokenizer_for(start), folder.with_name(f"{folder.name}.training")
         resume = interrupted_run(run)
         finetune_(model, tokenizer, with_labels_of(task, data, "train"), data, run, training, resume=resume)
         _save(model.cpu(), tokenizer, folder)

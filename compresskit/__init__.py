@@ -14,7 +14,7 @@ from typing import Any
 import compresskit.decompositions  # noqa: F401 - registers them
 from compresskit.api import apply, compress, plan
 from compresskit.calibration import Calibration, calibrate, load_calibration
-from compresskit.core.cost import MACHINE, Gemm, Machine, Pass, Rates, dense_operations
+from compresskit.core.cost import Gemm, Machine, Pass, Rates, Speeds, Target, dense_operations
 from compresskit.core.decomposition import Analysis, Decomposition, Fitted
 from compresskit.core.importance import Importance
 from compresskit.core.kron_gpu import use_kernels
@@ -36,7 +36,6 @@ from compresskit.surgery.sites import find_sites
 from compresskit.version import __version__
 
 __all__ = [
-    "MACHINE",
     "SVD",
     "Analysis",
     "Calibration",
@@ -57,7 +56,9 @@ __all__ = [
     "Progress",
     "Rates",
     "Report",
+    "Speeds",
     "Structure",
+    "Target",
     "TensorSpec",
     "__version__",
     "apply",

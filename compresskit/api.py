@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -12,11 +13,14 @@ from compresskit.calibration.sequential import fit_in_order
 from compresskit.calibration.trials import Judge
 from compresskit.calibration.tried import tried_plan
 from compresskit.calibration.weights import expecting_errors, importances_of
+from compresskit.core.cost import TOKENS, Machine, Target
 from compresskit.core.decomposition import Decomposition
 from compresskit.core.importance import Importance
 from compresskit.core.registry import decomposition
-from compresskit.errors import CalibrationError, PlanError
+from compresskit.errors import CalibrationError, OptionError, PlanError
 from compresskit.hub import check_unquantized, mark_compressed
+from compresskit.machines import DEFAULT
+from compresskit.machines import machine as find_machine
 from compresskit.surgery.apply import Report, SiteFit, apply_
 from compresskit.surgery.budget import param_budget
 from compresskit.surgery.plan import Plan
@@ -39,6 +43,8 @@ def compress(
     rules: Sequence[tuple[str, Method]] | Mapping[str, Method] = (),
     max_macs: int | None = None,
     speed: float | None = None,
+    machine: str | Path | Machine = DEFAULT,
+    tokens: int = TOKENS,
     uniform: bool = False,
     allow_slower: bool = False,
     calibration: Calibration | None = None,
@@ -68,8 +74,11 @@ def compress(
         exclude: name patterns that stay dense, whatever else says.
         rules: pairs of pattern and method that come before `method`; the first match wins.
         max_macs: multiply-adds per token that the layers which the rules choose may take together.
-        speed: expected speed-up of these layers together, at least; expected by a cost model of one machine, so that a
-            plan is the same everywhere.
+        speed: expected speed-up of these layers together, at least; expected by the cost model of the machine, so that
+            a plan is the same wherever it is made.
+        machine: where the model is to be fast: one of `machines()`, or a file of the same form. Unless `allow_slower`,
+            no structure is chosen that is expected to run slower than dense there.
+        tokens: that the model will see at a time, texts times their length; 1 for a text that is generated.
         uniform: layers of one shape get one structure, as the papers do.
         allow_slower: permit structures that are expected to run slower than the dense layer.
         calibration: what the layers see, from `calibrate`: errors are then those of the layers' outputs on the samples,
@@ -101,9 +110,9 @@ def compress(
         BudgetError: the size or speed cannot be reached; names the highest that can.
         PlanError: a pattern matches nothing, or the plan is for another model.
         WeightError: a weight holds NaN or infinity.
-        UnknownNameError: no such method.
+        UnknownNameError: no such method or machine.
         CalibrationError: the calibration was made for another model.
-        OptionError: a method has no data-aware fit.
+        OptionError: a method has no data-aware fit; the file of the machine is malformed, or tokens are not at least 1.
         CheckpointError: another library has quantised the model.
     """
     started = time.perf_counter()
@@ -122,6 +131,8 @@ def compress(
         rules,
         max_macs,
         speed,
+        machine,
+        tokens,
         uniform,
         allow_slower,
         importances,
@@ -202,6 +213,8 @@ def plan(
     rules: Sequence[tuple[str, Method]] | Mapping[str, Method] = (),
     max_macs: int | None = None,
     speed: float | None = None,
+    machine: str | Path | Machine = DEFAULT,
+    tokens: int = TOKENS,
     uniform: bool = False,
     allow_slower: bool = False,
     calibration: Calibration | None = None,
@@ -224,6 +237,8 @@ def plan(
         rules,
         max_macs,
         speed,
+        machine,
+        tokens,
         uniform,
         allow_slower,
         importances,
@@ -246,6 +261,8 @@ def _plan(
     rules: Sequence[tuple[str, Method]] | Mapping[str, Method],
     max_macs: int | None,
     speed: float | None,
+    machine: str | Path | Machine,
+    tokens: int,
     uniform: bool,
     allow_slower: bool,
     importances: Mapping[str, Importance],
@@ -256,7 +273,9 @@ def _plan(
     on_progress: OnProgress | None,
 ) -> tuple[Planned, Mapping[str, SiteFit] | None]:
     """The plan; after trials its fits by site name, too."""
-    survey = find_sites(model)
+    if tokens < 1:
+        raise OptionError(f"tokens are those that the model sees at a time, at least 1; got {tokens}")
+    target, survey = Target(find_machine(machine), tokens), find_sites(model)
     budget = None
     if not (ratio is None and params is None and keep is None):
         budget = param_budget(survey.num_params, ratio=ratio, params=params, keep=keep)
@@ -266,7 +285,7 @@ def _plan(
     if not pairs:
         raise PlanError("give a method or rules")
     ordered = [Rule(pattern, decomposition(m) if isinstance(m, str) else m) for pattern, m in pairs]
-    assignment, known = assign(model, survey, ordered, _patterns(exclude)), Known()
+    assignment, known = assign(model, survey, ordered, _patterns(exclude), target=target), Known()
 
     def plan_for(assignment: Assignment, sensitivities: Mapping[str, float] | None) -> Planned:
         return make_plan(

@@ -45,12 +45,15 @@ class Choice:
     exclude: tuple[str, ...]
     max_macs: int | None
     speed: float | None
+    machine: str | None
+    tokens: int | None
     uniform: bool
     allow_slower: bool
 
     def given(self) -> dict[str, Any]:
         """What was said at all, for the record."""
-        return {key: value for key, value in vars(self).items() if value not in (None, (), False)}
+        said = {key: value for key, value in vars(self).items() if value not in (None, (), False)}
+        return said | ({} if self.machine is None else {"machine": Path(self.machine).name})
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for `compresskit.compress` and `compresskit.plan`."""
@@ -75,6 +78,8 @@ class Choice:
             "exclude": list(self.exclude),
             "max_macs": self.max_macs,
             "speed": self.speed,
+            **({} if self.machine is None else {"machine": self.machine}),
+            **({} if self.tokens is None else {"tokens": self.tokens}),
             "uniform": self.uniform,
             "allow_slower": self.allow_slower,
         }
@@ -127,6 +132,10 @@ def choice_options(function: F) -> F:
             "--max-macs", type=Count(), help="Multiply-adds per token that replaced layers may take, e.g. 10M."
         ),
         click.option("--speed", type=float, help="Expected speed-up of the chosen layers together, at least, e.g. 3."),
+        click.option(
+            "--machine", metavar="NAME|FILE", help="Where it is to be fast: see `compresskit machines`. [default: cpu]"
+        ),
+        click.option("--tokens", type=click.IntRange(1), help="Tokens at a time that it will see. [default: 128]"),
         click.option("--uniform", is_flag=True, help="Layers of one shape get one structure, as in the papers."),
         click.option("--allow-slower", is_flag=True, help="Permit structures expected to be slower than dense."),
     ]

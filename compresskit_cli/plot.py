@@ -33,7 +33,9 @@ def front_svg(plan: "Plan") -> str:
         parts.append(_text(x.at(value), HEIGHT - MARGIN + 18, f"{value:.3g}", "middle"))
     for value in y.ticks():
         parts.append(_text(MARGIN - 8, y.at(value) + 4, f"{value:.3f}", "end"))
-    label = "expected ms of the layers, 128 tokens" if by_time else "parameters of the model, millions"
+    label = (
+        f"expected ms of the layers, {plan.target.tokens:,} tokens" if by_time else "parameters of the model, millions"
+    )
     parts.append(_text(WIDTH / 2, HEIGHT - 14, label, "middle"))
     parts.append(_text(MARGIN, MARGIN - 24, "expected relative error (root mean square)"))
     frame = f'<path d="M{MARGIN},{MARGIN}V{HEIGHT - MARGIN}H{WIDTH - MARGIN}" fill="none" stroke="#888"/>'

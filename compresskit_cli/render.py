@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from compresskit import FrontPoint, OnProgress, Plan, Progress, Report
+    from compresskit import FrontPoint, OnProgress, Plan, Progress, Report, Target
 
 WIDTH = None if sys.stdout.isatty() else 1000
 """A file or pipe has no width: nothing is folded there, so that each layer stays on one line."""
@@ -170,7 +170,7 @@ def plan(plan: "Plan", *, calibrated: bool = False) -> None:
     say(f"Whole model: {count(plan.num_params)} -> {count(plan.params_after)} parameters, ratio {plan.ratio:.3f}{gap}.")
     say(f"Replaceable layers hold {plan.coverage:.1%} of the parameters.")
     say(f"Multiply-adds (MACs) per token in these layers: {count(plan.dense_macs)} -> {count(plan.macs)}.")
-    say(f"Expected speed-up of these layers together: {plan.speedup:.2f} (128 tokens, two CPU cores; not measured).")
+    say(f"Expected speed-up of these layers together: {plan.speedup:.2f} ({plan.target}; not measured).")
     warn_slower([p.site.name for p in plan.sites if p.slower])
     of_what = "of the layer's output on the samples" if calibrated else "of the weight (Frobenius)"
     say(f"Errors are relative to the norm {of_what} and expected, not yet measured.")
@@ -262,6 +262,16 @@ def warn_slower(names: Sequence[str]) -> None:
     """Say which layers are expected to be slower than dense: only what was asked for can be."""
     if names:
         say(f"Warning: expected to be slower than dense, as you asked for them or allowed it: {', '.join(names)}")
+
+
+def note_type(dtype: str, target: "Target") -> None:
+    """Say if times are expected for another type than the model's, such as `torch.bfloat16`."""
+    own = dtype.removeprefix("torch.")
+    if own != target.machine.dtype:
+        say(
+            f"Note: times are expected for {target.machine.dtype}, this model computes in {own}: factorised layers may "
+            "run slower than dense there. --machine plans for another machine; compresskit machines lists them."
+        )
 
 
 def left_dense(left: Sequence[Any], most: int = 8) -> None:

@@ -21,6 +21,12 @@ TEACHERS: Mapping[str, Mapping[str, Any]] = {
     "sst2": {"epochs": 1.0, "lr": 5e-5},
 }
 """How the teacher of a task is trained; the defaults of `TrainSettings` where nothing stands here."""
+BEFORE: Mapping[str, tuple[str, tuple[str, str], Mapping[str, Any]]] = {
+    "mnli": ("glue/MNLI/dev_matched.jsonl", ("premise", "hypothesis"), {"epochs": 3.0, "lr": 1e-4}),
+}
+"""What a teacher may learn before its task: file below --data, columns of texts, and settings."""
+AFTER: Mapping[str, Any] = {"epochs": 6.0, "lr": 5e-5, "batch_size": 16}
+"""The same after another task."""
 
 
 @final
@@ -45,10 +51,11 @@ class Recipe(Experiment):
             float32 all the same.
         device: where everything is trained.
         kernel: `pytorch` or `compiled`: what layers of students run by.
+        before: what the teacher learns before its task: `mnli`, of which the data has a dev set alone. Or nothing.
     """
 
     kind: ClassVar[str] = "recipe"
-    later: ClassVar[tuple[str, ...]] = ("device", "first", "kernel")
+    later: ClassVar[tuple[str, ...]] = ("device", "first", "kernel", "before")
 
     preset: str
     ratio: float
@@ -61,6 +68,7 @@ class Recipe(Experiment):
     dtype: str = "float32"
     device: str = "cpu"
     kernel: str = WAYS[0]
+    before: str = ""
 
     def run(self, data: Path | None) -> Outcome:
         with TemporaryDirectory() as work:
@@ -71,6 +79,8 @@ class Recipe(Experiment):
             raise SuiteError(f"{self.kind}: stages is {' or '.join(STAGES)}, got {self.stages!r}")
         if self.first not in FIRST or (self.first != FIRST[0] and self.stages != "two"):
             raise SuiteError(f"{self.kind}: first is {' or '.join(FIRST)}, with two stages; got {self.first!r}")
+        if self.before and self.before not in BEFORE:
+            raise SuiteError(f"{self.kind}: before is nothing or one of {', '.join(BEFORE)}, got {self.before!r}")
         if data is None and (self.task != "own" or self.texts != "own"):
             raise ExperimentSkipped("give the folder that holds glue/ and text/ with --data")
         from benchmarks.devices import device_name, find_device, multiply_in
@@ -82,7 +92,7 @@ class Recipe(Experiment):
         shop = Workshop(work, data, self.model, 0, self.dtype, self.device)
         student = None
         first: dict[str, Any] | None = None
-        teacher = shop.teacher(self.task, TEACHERS.get(self.task, {}))
+        teacher = shop.teacher(self.task, AFTER if self.before else TEACHERS.get(self.task, {}), self.before)
         if self.stages == "two":
             by = shop.base() if self.first == FIRST[0] else teacher
             student = shop.stage_1(self._preset("corpus"), by, self.ratio, self.texts, self._stage_1_key())
@@ -109,7 +119,7 @@ class Recipe(Experiment):
     def _stage_1_key(self) -> str:
         """The same for all tasks, unless their teachers teach the first stage."""
         tables = {name: table for name, table in self._preset("corpus").data.items() if name != "task"}
-        by = [] if self.first == FIRST[0] else [self.task]
+        by = [] if self.first == FIRST[0] else [self.task, *([self.before] if self.before else [])]
         said = json.dumps([self.model, self.texts, self.ratio, tables, *by], sort_keys=True)
         digest = hashlib.sha256(said.encode()).hexdigest()[:12]
         return f"{self.preset.replace(':', '-')}-{self.ratio:g}-{digest}"
@@ -118,7 +128,7 @@ class Recipe(Experiment):
     def row(cls, configuration: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[str, str]:
         primary = figures["primary"]
         return {
-            "task": configuration["task"],
+            "task": configuration["task"] + (f" after {before}" if (before := configuration.get("before")) else ""),
             "preset": configuration["preset"],
             "asked": f"{configuration['ratio']:g}",
             "stages": configuration["stages"] + (", by the teacher" if configuration.get("first") == FIRST[1] else ""),

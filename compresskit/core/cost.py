@@ -2,9 +2,9 @@
 
 Multiply-adds alone order structures badly: a mixing by a 2 x 2 factor runs at a tenth of the rate of a wide product,
 and a strided copy does no multiply-add at all. So a structure lists its operations, and a `Machine` says how long each
-takes. The constants are committed, measured once on one CPU; nothing is ever timed while a model is compressed, so a
-plan is the same on every machine. `python -m benchmarks run cost-model` measures the constants anew and reports how
-far the prediction is from what layers take.
+takes. The constants are data (`compresskit.machines`), measured once; nothing is ever timed while a model is
+compressed, so a plan for a machine is the same wherever it is made. `python -m benchmarks run cost-model` reports how
+far predictions are from what layers take.
 """
 
 from collections.abc import Iterable
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import final
 
 TOKENS = 128
-"""Tokens of the forward pass that plans are made for: one text of usual length."""
-ELEMENT_BYTES = 4
-"""float32, in which the constants were measured; a narrower type scales dense and factorised layers alike."""
+"""Tokens of the forward pass that plans are made for unless another number is asked for: one text of usual length."""
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Types of weights that a machine may compute in, and the bytes of a number."""
 
 
 @final
@@ -73,37 +73,86 @@ class Rates:
 
 @final
 @dataclass(frozen=True)
-class Machine:
-    """Constants of one machine.
+class Speeds:
+    """How fast one kind of layer runs on a machine.
 
     Args:
         single, batched: rates of one product and of a batch of them.
         vector: rates of a product with a vector (one token), which other routines do.
-        call_s: time of an operator call that does nothing.
+        layer_s: time of a layer that does nothing.
+        gemm_call_s, pass_call_s: time of a product and of a pass of next to nothing, beside the layer's.
         gemm_bytes_per_s: memory traffic of products.
         pass_bytes_per_s, strided_bytes_per_s: of passes, and of transposed copies.
+        element_bytes: of a number.
     """
 
     single: Rates
     batched: Rates
     vector: Rates
-    call_s: float
+    layer_s: float
+    gemm_call_s: float
+    pass_call_s: float
     gemm_bytes_per_s: float
     pass_bytes_per_s: float
     strided_bytes_per_s: float
+    element_bytes: int
 
     def time_s(self, operations: Iterable[Operation]) -> float:
-        """Expected time of operations that run one after the other."""
-        return sum(map(self._one_s, operations))
+        """Expected time of a layer that does these operations one after the other."""
+        return self.layer_s + sum(map(self._one_s, operations))
 
     def _one_s(self, operation: Operation) -> float:
-        num_bytes = ELEMENT_BYTES * operation.elements
+        num_bytes = self.element_bytes * operation.elements
         if isinstance(operation, Pass):
             rate = self.strided_bytes_per_s if operation.strided else self.pass_bytes_per_s
-            return self.call_s + num_bytes / rate
+            return self.pass_call_s + num_bytes / rate
         one = self.vector if operation.m == 1 else self.single
         rates = self.batched if operation.batch > 1 else one
-        return self.call_s + rates.time_s(operation) + num_bytes / self.gemm_bytes_per_s
+        return self.gemm_call_s + rates.time_s(operation) + num_bytes / self.gemm_bytes_per_s
+
+
+@final
+@dataclass(frozen=True)
+class Machine:
+    """What layers are expected to take somewhere.
+
+    Args:
+        name: one word.
+        about: what was measured: processor, software, kernels.
+        dtype: type of weights and inputs, of `ELEMENT_BYTES`.
+        notable_s: a layer that is expected to take so much longer than dense, or less, counts as equally fast.
+        dense: speeds of dense layers.
+        factorised: of factorised ones, but for those in
+        kinds: pairs of a `Structure.kind` and its speeds.
+    """
+
+    name: str
+    about: str
+    dtype: str
+    notable_s: float
+    dense: Speeds
+    factorised: Speeds
+    kinds: tuple[tuple[str, Speeds], ...] = ()
+
+    def __hash__(self) -> int:  # of a few hundred numbers, asked for with each structure of each menu
+        return hash((self.name, self.about, self.dense.gemm_call_s))
+
+    def speeds(self, kind: str) -> Speeds:
+        """Of layers whose structure is of this kind."""
+        return dict(self.kinds).get(kind, self.factorised)
+
+
+@final
+@dataclass(frozen=True)
+class Target:
+    """What plans are made for: so many tokens at a time on a machine."""
+
+    machine: Machine
+    tokens: int = TOKENS
+
+    def __str__(self) -> str:
+        number = "1 token" if self.tokens == 1 else f"{self.tokens:,} tokens"
+        return f"{number} on {self.machine.name}: {self.machine.about}"
 
 
 def dense_operations(rows: int, cols: int, tokens: int) -> tuple[Operation, ...]:
@@ -114,19 +163,3 @@ def dense_operations(rows: int, cols: int, tokens: int) -> tuple[Operation, ...]
 def dense_lookup_operations(cols: int, tokens: int) -> tuple[Operation, ...]:
     """What a dense embedding does: copy a row for each token."""
     return (Pass(2 * tokens * cols),)
-
-
-MACHINE = Machine(
-    single=Rates(peak_macs_per_s=113e9, half_m=15, half_n=13, half_k=11),
-    batched=Rates(peak_macs_per_s=69e9, half_m=1.7, half_n=0, half_k=2.3),
-    vector=Rates(peak_macs_per_s=35e9, half_m=0, half_n=0, half_k=26),
-    call_s=1.9e-6,
-    gemm_bytes_per_s=67e9,
-    pass_bytes_per_s=168e9,
-    strided_bytes_per_s=23e9,
-)
-"""The machine that plans are made for: two cores of an AMD EPYC of 2024, torch 2.13, float32.
-
-The least-squares fit of the logarithms of 177 measured operations, rounded; half of them are predicted within 1.2 times
-and nine of ten within 1.6 times. `peak_macs_per_s` is a limit that no size reaches: the bytes come on top of it.
-"""

@@ -11,8 +11,8 @@ from typing import Any, final
 from compresskit.distill import Objective, objective_from_data
 from compresskit.errors import CompresskitError, OptionError, UnknownNameError
 from compresskit.options import option_text, parse_options
-from compresskit.recipes.tables import merged, set_value, table_text, value_of
 from compresskit.registration import suggestion
+from compresskit.tables import merged, set_value, table_text, value_of
 from compresskit.tasks import TrainSettings
 
 Table = Mapping[str, Any]

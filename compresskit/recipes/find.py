@@ -7,8 +7,8 @@ from typing import Any
 
 from compresskit.errors import OptionError, UnknownNameError
 from compresskit.recipes.definition import Preset, preset_from_data
-from compresskit.recipes.tables import read_tables
 from compresskit.registration import suggestion
+from compresskit.tables import read_tables
 
 FOLDER = Path(__file__).with_name("presets")
 VARIANT = re.compile(r'^variant\s*=\s*"[^"\n]*"', re.MULTILINE)

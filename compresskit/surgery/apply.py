@@ -10,6 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from compresskit.core.cost import Target
 from compresskit.core.decomposition import Analysis, Fitted, as_matrix, module_from, squared_norm
 from compresskit.core.importance import Importance
 from compresskit.core.modules import FactorizedEmbedding
@@ -35,7 +36,7 @@ class SiteFit:
 class SiteReport:
     """What became of one site: its new structure and the error that was measured after the fit.
 
-    Times are expected, for `cost.TOKENS` tokens on the machine that plans are made for. `slower`: more multiply-adds
+    Times are expected, for the target of the report. `slower`: more multiply-adds
     than dense, or expected to take notably longer. `weighted_error`: of the layer's output on the samples, relative;
     None where it was fitted without data.
     """
@@ -64,6 +65,7 @@ class Report:
     Args:
         sites: what was replaced.
         left: weight matrices that stayed dense, and why.
+        target: of the plan: how many tokens on which machine times are expected for.
         coverage: share of the parameters that is in replaceable layers, whether they were chosen or not.
         params_before, params_after: whole model.
         embedding_params_before, embedding_params_after: in embedding tables and what replaced them.
@@ -82,6 +84,7 @@ class Report:
 
     sites: tuple[SiteReport, ...]
     left: tuple[Refusal, ...]
+    target: Target
     coverage: float
     params_before: int
     params_after: int
@@ -142,6 +145,7 @@ class Report:
         """Plain data, ratios included."""
         ratios = ("ratio", "site_ratio", "body_ratio", "bytes_ratio", "macs_ratio", "expected_speedup")
         plain = {**dataclasses.asdict(self), "compared": dict(self.compared), "searched": dict(self.searched)}
+        plain["target"] = {"tokens": self.target.tokens, "machine": self.target.machine.name, "about": str(self.target)}
         return {**{name: getattr(self, name) for name in ratios}, **plain}
 
 
@@ -202,6 +206,7 @@ def apply_(
     return Report(
         sites=tuple(reports),
         left=plan.left,
+        target=plan.target,
         coverage=plan.coverage,
         params_before=before,
         params_after=count_params(model),

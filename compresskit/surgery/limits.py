@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
+from compresskit.core.cost import Target
 from compresskit.core.structure import Structure
 from compresskit.errors import BudgetError, PlanError
 from compresskit.surgery.budget import Choice
@@ -61,7 +62,7 @@ def limits_of(assignment: Assignment, max_params: int, max_macs: int | None, spe
         raise BudgetError(
             f"speed is the expected time of the dense layers / of what replaces them, at least 1; got {speed:g}"
         )
-    dense_ns = sum(site_time_ns(site, None) for site, _ in assignment.chosen)
+    dense_ns = sum(site_time_ns(site, None, assignment.target) for site, _ in assignment.chosen)
     return Limits(max_params, max_macs, speed, dense_ns)
 
 
@@ -73,9 +74,9 @@ def check_sensitivities(assignment: Assignment, sensitivities: Mapping[str, floa
             raise PlanError(f"the sensitivity of {site.name!r} must be a number of at least 0, got {value}")
 
 
-def choice_of(site: Site, structure: Structure | None, loss: float) -> Choice:
+def choice_of(site: Site, structure: Structure | None, loss: float, target: Target) -> Choice:
     """What a structure, or None for the dense weight, costs."""
-    time_ns = site_time_ns(site, structure)
+    time_ns = site_time_ns(site, structure, target)
     if structure is None:
         return Choice(site.num_params, site.multiplied * site.num_params, 0.0, time_ns)
     params = structure.num_params + site.extra_params

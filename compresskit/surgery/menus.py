@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from compresskit.core.cost import Target
 from compresskit.core.decomposition import Decomposition
 from compresskit.core.structure import Structure
 from compresskit.errors import BudgetError
@@ -20,6 +21,7 @@ from compresskit.surgery.sites import Site
 
 SMALLER, LARGER = 4, 8
 """Structures between the average size over SMALLER and times LARGER are priced; more only if these do not reach."""
+SLOWER = "every structure that the method has for it is expected to run slower than dense (allow_slower permits them)"
 NEAR = 1.5
 """Of methods whose prices are dear, those up to so many times smaller or larger than the budget's first choice."""
 MOVED = 1.3
@@ -33,19 +35,26 @@ def menus_of(assignment: Assignment, *, allow_slower: bool) -> dict[str, list[St
     for site, decomposition in assignment.chosen:
         key = (decomposition, site.rows, site.cols, site.kinds, site.extra_params)
         if key not in made:
-            made[key] = _menu(site, decomposition, allow_slower=allow_slower)
+            made[key] = _menu(site, decomposition, assignment.target, allow_slower=allow_slower)
         menus[site.name] = made[key]
     return menus
 
 
-def _menu(site: Site, decomposition: Decomposition, *, allow_slower: bool) -> list[Structure]:
+def _menu(site: Site, decomposition: Decomposition, target: Target, *, allow_slower: bool) -> list[Structure]:
     """Structures smaller than the weight; none that runs slower than the dense layer unless allowed."""
     return [
         structure
         for structure in decomposition.menu(site.rows, site.cols, lookup=site.lookup)
         if structure.num_params + site.extra_params < site.num_params
-        and (allow_slower or not runs_slower(site, structure))
+        and (allow_slower or not runs_slower(site, structure, target))
     ]
+
+
+def why_none(site: Site, decomposition: Decomposition) -> str:
+    """Why the menu of a site is empty."""
+    menu = decomposition.menu(site.rows, site.cols, lookup=site.lookup)
+    smaller = any(s.num_params + site.extra_params < site.num_params for s in menu)
+    return SLOWER if smaller else "the method has no structure for it"
 
 
 def without_dear(
@@ -82,8 +91,8 @@ def refuse_unreachable(
         return
     holders = [(r.num_params, r.name, r.reason) for r in assignment.left]
     holders += [
-        (n, name, "its smallest structure" if menus[name] else "the method has no structure for its shape")
-        for name, n in least.items()
+        (least[site.name], site.name, "its smallest structure" if menus[site.name] else why_none(site, decomposition))
+        for site, decomposition in assignment.chosen
     ]
     biggest = "; ".join(f"{name} {n:,} ({reason})" for n, name, reason in sorted(holders, reverse=True)[:4])
     raise BudgetError(
@@ -127,7 +136,10 @@ def _fits(assignment: Assignment, menus: Mapping[str, Sequence[Structure]], limi
     """Whether the smallest structures keep the limit of parameters, and the cheapest that of multiply-adds."""
     if sum(_least(site, menus[site.name]) for site, _ in assignment.chosen) > limits.params:
         return False
-    groups = ([choice_of(site, s, 0.0).macs for s in (None, *menus[site.name])] for site, _ in assignment.chosen)
+    target = assignment.target
+    groups = (
+        [choice_of(site, s, 0.0, target).macs for s in (None, *menus[site.name])] for site, _ in assignment.chosen
+    )
     return limits.macs is None or sum(map(min, groups)) <= limits.macs
 
 
@@ -140,7 +152,7 @@ def _least_time_ns(
     for site, decomposition in assignment.chosen:
         key = (decomposition, site.rows, site.cols, site.kinds, site.extra_params)
         if key not in choices:
-            choices[key] = [choice_of(site, s, 0.0) for s in (None, *menus[site.name])]
+            choices[key] = [choice_of(site, s, 0.0, assignment.target) for s in (None, *menus[site.name])]
         groups.setdefault(key if uniform else site.name, []).append(key)
     size = choices_each(len(groups))
     return least_time_ns([_alike(choices[keys[0]], len(keys), size) for keys in groups.values()], limits.params)

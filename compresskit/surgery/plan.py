@@ -9,17 +9,16 @@ from typing import Any, final
 
 from torch import nn
 
-from compresskit.core.cost import MACHINE, TOKENS, Operation, dense_lookup_operations, dense_operations
+from compresskit.core.cost import Target, dense_lookup_operations, dense_operations
 from compresskit.core.decomposition import Decomposition
 from compresskit.core.registry import decomposition, structure_from_json
 from compresskit.core.structure import Structure
-from compresskit.errors import CheckpointError, PlanError
+from compresskit.errors import CheckpointError, OptionError, PlanError, UnknownNameError
+from compresskit.machines import machine, machine_from_data, machine_to_data
 from compresskit.options import option_text
 from compresskit.surgery.sites import Refusal, Site, Survey, find_sites
 
 FORMAT_VERSION = 1
-NOTABLE_NS = 20_000
-"""Expected times of a layer that are less than this apart count as equal: about ten operator calls."""
 
 
 @final
@@ -31,6 +30,7 @@ class PlannedSite:
         site: where.
         decomposition: how it is fitted, with options.
         structure: its new sizes.
+        target: what times are expected for.
         expected_error: relative error that pricing promised, None if it was not priced (an edited plan).
         alternatives: why this method: the least relative error of each that there was to choose from, with at most as
             many parameters, the best first; empty where there was one method only.
@@ -39,6 +39,7 @@ class PlannedSite:
     site: Site
     decomposition: Decomposition
     structure: Structure
+    target: Target
     expected_error: float | None
     alternatives: tuple[tuple[str, float], ...] = ()
 
@@ -56,12 +57,12 @@ class PlannedSite:
 
     @property
     def time_ns(self) -> int:
-        """Expected time for `cost.TOKENS` tokens on the machine that plans are made for."""
-        return site_time_ns(self.site, self.structure)
+        """Expected time for the target."""
+        return site_time_ns(self.site, self.structure, self.target)
 
     @property
     def dense_time_ns(self) -> int:
-        return site_time_ns(self.site, None)
+        return site_time_ns(self.site, None, self.target)
 
     @property
     def speedup(self) -> float:
@@ -71,7 +72,7 @@ class PlannedSite:
     @property
     def slower(self) -> bool:
         """Whether it does more multiply-adds than the dense layer or is expected to take notably longer."""
-        return runs_slower(self.site, self.structure)
+        return runs_slower(self.site, self.structure, self.target)
 
 
 @final
@@ -83,7 +84,7 @@ class FrontPoint:
         params: of the whole model.
         ratio: original / compressed parameters.
         macs: multiply-adds per token of the layers that rules chose.
-        time_ns: expected time of these layers for `cost.TOKENS` tokens on the machine that plans are made for.
+        time_ns: expected time of these layers for the target of the plan.
         error: root mean square of the layers' relative errors, weighted as in the loss; dense layers have none.
         gap: proven distance of the loss from the least possible one, as a share.
     """
@@ -105,6 +106,7 @@ class Plan:
         sites: what is replaced, in the model's order.
         left: weight matrices that stay dense, and why.
         num_params: parameters of the dense model.
+        target: how many tokens on which machine times are expected for.
         coverage: share of them that is in replaceable layers, whether the rules chose them or not.
         gap: proven distance of the budget's loss from the least that the priced structures reach, as a share; None for
             a plan that was read.
@@ -118,6 +120,7 @@ class Plan:
     sites: tuple[PlannedSite, ...]
     left: tuple[Refusal, ...]
     num_params: int
+    target: Target
     coverage: float
     gap: float | None = None
     front: tuple[FrontPoint, ...] = ()
@@ -163,6 +166,7 @@ class Plan:
             "params_after": self.params_after,
             "ratio": self.ratio,
             "expected_speedup": self.speedup,
+            "target": {"tokens": self.target.tokens, "machine": machine_to_data(self.target.machine)},
             "coverage": self.coverage,
             "gap": self.gap,
             "front": [dataclasses.asdict(point) for point in self.front],
@@ -179,33 +183,35 @@ def site_macs(site: Site, structure: Structure) -> int:
     return site.multiplied * structure.macs + lookups * structure.lookup_macs
 
 
-def site_time_ns(site: Site, structure: Structure | None) -> int:
-    """Expected time of all modules of a site for `cost.TOKENS` tokens, dense without a structure. In whole ns."""
-    return _time_ns(site.rows, site.cols, structure, site.multiplied, len(site.kinds) - site.multiplied)
+def site_time_ns(site: Site, structure: Structure | None, target: Target) -> int:
+    """Expected time of all modules of a site, dense without a structure. In whole ns."""
+    return _time_ns(site.rows, site.cols, structure, site.multiplied, len(site.kinds) - site.multiplied, target)
 
 
 @lru_cache(maxsize=1 << 16)
-def _time_ns(rows: int, cols: int, structure: Structure | None, multiplied: int, lookups: int) -> int:
-    operations: list[Operation] = []
+def _time_ns(rows: int, cols: int, structure: Structure | None, multiplied: int, lookups: int, target: Target) -> int:
+    machine, tokens, seconds = target.machine, target.tokens, 0.0
     if structure is None:
-        operations += dense_operations(rows, cols, TOKENS) * multiplied
-        operations += dense_lookup_operations(cols, TOKENS) * lookups
+        speeds = machine.dense
+        seconds += multiplied and multiplied * speeds.time_s(dense_operations(rows, cols, tokens))
+        seconds += lookups and lookups * speeds.time_s(dense_lookup_operations(cols, tokens))
     else:
-        operations += [*structure.operations(TOKENS)] * multiplied if multiplied else []
-        operations += [*structure.lookup_operations(TOKENS)] * lookups if lookups else []
-    return max(round(MACHINE.time_s(operations) * 1e9), 1)
+        speeds = machine.speeds(structure.kind)
+        seconds += multiplied and multiplied * speeds.time_s(structure.operations(tokens))
+        seconds += lookups and lookups * speeds.time_s(structure.lookup_operations(tokens))
+    return max(round(seconds * 1e9), 1)
 
 
-def runs_slower(site: Site, structure: Structure) -> bool:
+def runs_slower(site: Site, structure: Structure, target: Target) -> bool:
     """Whether a structure does more multiply-adds than the dense layer or is expected to take notably longer.
 
-    Less than `NOTABLE_NS` does not count: what tiny layers take is the overhead of calls. Nor does a table that rows
-    are only looked up in: that takes next to nothing.
+    Less than the machine's `notable_s` does not count: what tiny layers take is the overhead of calls. Nor does a table
+    that rows are only looked up in: that takes next to nothing.
     """
     if site.multiplied == 0:
         return False
-    longer = site_time_ns(site, structure) - site_time_ns(site, None)
-    return structure.macs > site.num_params or longer > NOTABLE_NS * site.multiplied
+    longer = site_time_ns(site, structure, target) - site_time_ns(site, None, target)
+    return structure.macs > site.num_params or longer > 1e9 * target.machine.notable_s * site.multiplied
 
 
 def _site_json(planned: PlannedSite) -> dict[str, Any]:
@@ -231,7 +237,7 @@ def _options(planned: PlannedSite) -> tuple[dataclasses.Field[Any], ...]:
 def plan_from_json(data: Any, model: nn.Module) -> Plan:
     """The plan that `to_json` wrote, perhaps edited, checked against a model.
 
-    Only `name`, `method`, `options` and `structure` of each site count; all numbers are computed anew.
+    Only `target` and `name`, `method`, `options` and `structure` of each site count; all numbers are computed anew.
 
     Raises:
         PlanError: another format version, a site that the model lacks or refuses, sizes that do not fit.
@@ -243,17 +249,29 @@ def plan_from_json(data: Any, model: nn.Module) -> Plan:
         raise PlanError(
             f"this plan has format version {data.get('format_version')!r}, this release reads {FORMAT_VERSION}"
         )
-    survey = find_sites(model)
-    planned = [_planned_from_json(entry, survey) for entry in data["sites"]]
+    survey, target = find_sites(model), _target_from_json(data.get("target"))
+    planned = [_planned_from_json(entry, survey, target) for entry in data["sites"]]
     names = [p.site.name for p in planned]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise PlanError(f"the plan names these sites twice: {', '.join(twice)}")
     rest = [Refusal(s.name, s.num_params, "not in the plan") for s in survey.sites if s.name not in names]
-    return Plan(tuple(planned), (*survey.refusals, *rest), survey.num_params, survey.coverage)
+    return Plan(tuple(planned), (*survey.refusals, *rest), survey.num_params, target, survey.coverage)
 
 
-def _planned_from_json(entry: Any, survey: Survey) -> PlannedSite:
+def _target_from_json(data: Any) -> Target:
+    """That of a plan; plans of before had the default."""
+    if data is None:
+        return Target(machine())
+    if not isinstance(data, Mapping) or not isinstance(tokens := data.get("tokens"), int) or tokens < 1:
+        raise PlanError(f"'target' of a plan is an object with 'machine' and a number of 'tokens', got {data!r}")
+    try:
+        return Target(machine_from_data(data.get("machine"), "'target.machine' of the plan"), tokens)
+    except (OptionError, UnknownNameError) as error:
+        raise PlanError(str(error)) from error
+
+
+def _planned_from_json(entry: Any, survey: Survey, target: Target) -> PlannedSite:
     needed = {"name": str, "method": str, "structure": Mapping}
     if not isinstance(entry, Mapping) or not all(isinstance(entry.get(k), t) for k, t in needed.items()):
         raise PlanError(f"each site of a plan has 'name', 'method' and 'structure'; got {entry!r}")
@@ -284,7 +302,7 @@ def _planned_from_json(entry: Any, survey: Survey) -> PlannedSite:
         expected = None
     others = entry.get("alternatives", {})
     sound = isinstance(others, Mapping) and all(isinstance(n, str) and isinstance(e, float) for n, e in others.items())
-    return PlannedSite(site, chosen, structure, expected, tuple(others.items()) if sound else ())
+    return PlannedSite(site, chosen, structure, target, expected, tuple(others.items()) if sound else ())
 
 
 def group_name(name: str) -> str:

@@ -9,6 +9,7 @@ from typing import final
 
 from torch import nn
 
+from compresskit.core.cost import Target
 from compresskit.core.decomposition import Analysis, Decomposition, as_matrix, squared_norm
 from compresskit.core.importance import Importance
 from compresskit.core.structure import Structure
@@ -24,13 +25,20 @@ from compresskit.surgery.limits import (
     limits_of,
     thinned,
 )
-from compresskit.surgery.menus import MOVED, menus_of, narrowed, near_size, refuse_unreachable, without_dear
+from compresskit.surgery.menus import (
+    MOVED,
+    SLOWER,
+    menus_of,
+    narrowed,
+    near_size,
+    refuse_unreachable,
+    why_none,
+    without_dear,
+)
 from compresskit.surgery.parallel import map_in_threads
 from compresskit.surgery.plan import FrontPoint, Plan, PlannedSite
 from compresskit.surgery.rules import Assignment
 from compresskit.surgery.sites import Refusal, Site, site_weight
-
-SLOWER = "every structure that the method has for it is expected to run slower than dense (allow_slower permits them)"
 
 
 @final
@@ -92,6 +100,7 @@ class _Priced:
 
     Args:
         weight: what its squared relative error counts in the loss.
+        target: what it is to be fast for.
     """
 
     site: Site
@@ -100,10 +109,11 @@ class _Priced:
     errors: tuple[float, ...]
     known: _Known
     weight: float
+    target: Target
 
     def choices(self) -> list[Choice]:
         pairs = zip(self.structures, self.errors, strict=True)
-        return [choice_of(self.site, structure, error * self.weight) for structure, error in pairs]
+        return [choice_of(self.site, structure, error * self.weight, self.target) for structure, error in pairs]
 
 
 Known = dict[str, _Known]
@@ -176,7 +186,7 @@ def make_plan(
         new = [one for one in asked if one[0].name not in known or not known[one[0].name].prices.keys() >= {*one[2]}]
         known.update((k.site.name, k) for k in _price_all(model, stage, new, price, on_progress))
         return [
-            _offer(known[site.name], method, weight, keep_all=keep_all)
+            _offer(known[site.name], method, weight, assignment.target, keep_all=keep_all)
             for site, method in assignment.chosen
             for weight in [site.num_params if sensitivities is None else sensitivities[site.name]]
         ]
@@ -202,7 +212,7 @@ def make_plan(
     planned, dense = _sort_picks(picks)
     if not planned:
         raise BudgetError(f"every site would stay dense: {_why_dense(dense)}")
-    plan = Plan(planned, (*assignment.left, *dense), num_params, assignment.coverage, gap, front)
+    plan = Plan(planned, (*assignment.left, *dense), num_params, assignment.target, assignment.coverage, gap, front)
     return Planned(plan, {p.site.name: p.known.analysis for p in priced if p.known.analysis is not None})
 
 
@@ -308,7 +318,7 @@ def _price(
     return _Known(site, prices, energy, analysis if same_memory else None, fronts)
 
 
-def _offer(known: _Known, decomposition: Decomposition, weight: float, *, keep_all: bool) -> _Priced:
+def _offer(known: _Known, decomposition: Decomposition, weight: float, target: Target, *, keep_all: bool) -> _Priced:
     """What a method offers of what was priced. Unless all is kept, only what loses less than everything smaller: no
     other can be chosen."""
     kinds = decomposition.structures
@@ -316,7 +326,7 @@ def _offer(known: _Known, decomposition: Decomposition, weight: float, *, keep_a
     if not keep_all:
         kept = [kept[i] for i in undominated([s.num_params for s, _ in kept], [e for _, e in kept])]
     structures, errors = (None, *(s for s, _ in kept)), (0.0, *(e for _, e in kept))
-    return _Priced(known.site, decomposition, structures, errors, known, weight)
+    return _Priced(known.site, decomposition, structures, errors, known, weight, target)
 
 
 def _solve(
@@ -371,19 +381,15 @@ def _sort_picks(picks: Sequence[tuple[_Priced, int]]) -> tuple[tuple[PlannedSite
     for priced, pick in picks:
         structure = priced.structures[pick]
         if structure is None:
-            reason = "the budget keeps it dense" if len(priced.structures) > 1 else _why_none(priced)
+            reason = (
+                "the budget keeps it dense"
+                if len(priced.structures) > 1
+                else why_none(priced.site, priced.decomposition)
+            )
             dense.append(Refusal(priced.site.name, priced.site.num_params, reason))
         else:
             error = math.sqrt(max(priced.errors[pick], 0.0))
             fitter = priced.decomposition.fitter(structure)
             others = best_within(priced.known.fronts, structure.num_params)
-            planned.append(PlannedSite(priced.site, fitter, structure, error, others))
+            planned.append(PlannedSite(priced.site, fitter, structure, priced.target, error, others))
     return tuple(planned), dense
-
-
-def _why_none(priced: _Priced) -> str:
-    """Why the menu of a site is empty."""
-    site = priced.site
-    menu = priced.decomposition.menu(site.rows, site.cols, lookup=site.lookup)
-    smaller = any(s.num_params + site.extra_params < site.num_params for s in menu)
-    return SLOWER if smaller else "the method has no structure for it"

@@ -8,8 +8,10 @@ from typing import final
 
 from torch import nn
 
+from compresskit.core.cost import Target
 from compresskit.core.decomposition import Decomposition
 from compresskit.errors import PlanError
+from compresskit.machines import machine
 from compresskit.surgery.sites import Refusal, Site, Survey
 
 SHOWN_NAMES = 6
@@ -40,15 +42,27 @@ class Assignment:
         chosen: sites and the decomposition of each.
         left: all other matrices, and why they stay dense.
         coverage: share of the model's parameters that any rules could reach.
+        target: what layers are to be fast for.
     """
 
     chosen: tuple[tuple[Site, Decomposition], ...]
     left: tuple[Refusal, ...]
     coverage: float
+    target: Target
 
 
-def assign(model: nn.Module, survey: Survey, rules: Sequence[Rule], exclude: Sequence[str] = ()) -> Assignment:
+def assign(
+    model: nn.Module,
+    survey: Survey,
+    rules: Sequence[Rule],
+    exclude: Sequence[str] = (),
+    *,
+    target: Target | None = None,
+) -> Assignment:
     """Match rules and exclusions with the sites of a model.
+
+    Args:
+        target: None: `cost.TOKENS` tokens on the default machine.
 
     Raises:
         PlanError: a pattern is malformed or matches nothing, or nothing is left to compress.
@@ -71,7 +85,7 @@ def assign(model: nn.Module, survey: Survey, rules: Sequence[Rule], exclude: Seq
             chosen.append((site, rule.decomposition))
     if not chosen:
         raise PlanError(f"nothing is left to compress: {_reasons(left)}")
-    return Assignment(tuple(chosen), tuple(left), survey.coverage)
+    return Assignment(tuple(chosen), tuple(left), survey.coverage, target or Target(machine()))
 
 
 def matcher(pattern: str, prefix: str) -> Callable[[str], bool]:

@@ -129,6 +129,7 @@ def command(
         click.echo(json.dumps({"output": str(output), **costs, **report.to_json()}, indent=1))
     else:
         render.report(report)
+        render.note_type(str(loaded.dtype), report.target)
         rows = [*_facts(report), ("measured speed-up of the model", _speed_text(costs["measured"]))]
         rows += [("bytes on disk", _disk_text(costs)), *_run_facts(costs, output)]
         render.facts("Result", rows)
@@ -203,7 +204,7 @@ def _facts(report: "Report") -> list[tuple[str, str]]:
         ("ratio, bytes of parameters", f"{report.bytes_ratio:.3f}"),
         ("bytes of parameters", f"{size(report.bytes_before)} -> {size(report.bytes_after)}"),
         ("multiply-adds in replaced layers", f"{report.macs_ratio:.2f} times fewer"),
-        ("expected speed-up of replaced layers", f"{report.expected_speedup:.2f} (128 tokens, two CPU cores)"),
+        ("expected speed-up of replaced layers", f"{report.expected_speedup:.2f} ({report.target})"),
         ("relative error of replaced weights", f"{report.relative_error:.4f}"),
         *([] if report.weighted_error is None else [("relative error of outputs", f"{report.weighted_error:.4f}")]),
         *([("by the search errors count", searched(report.searched))] if report.searched else []),

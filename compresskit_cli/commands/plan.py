@@ -92,6 +92,7 @@ def command(
         click.echo(text)
     else:
         render.plan(made, calibrated="calibration" in how)
+        render.note_type(str(loaded.dtype), made.target)
         if output is not None:
             render.say(f"Written to {output}; replay it with: {shlex.join(_replay(model, revision, output))}")
 

@@ -1,5 +1,7 @@
 """Recipes on tasks: what runs share, and what is skipped."""
 
+import json
+
 import pytest
 
 from benchmarks.experiments import ExperimentSkipped, SuiteError, make_experiment
@@ -16,6 +18,7 @@ def key(**changes):
 def test_tasks_share_the_student_of_the_first_stage_and_nothing_else_does():
     assert key() == key(task="rte") == key(settings=["task.lr=1e-3"])
     others = [
+        key(first="teacher", before="mnli"),
         *(key(ratio=4), key(seed=1), key(preset="tucker-kd"), key(texts="own"), key(dtype="bfloat16")),
         key(settings=["corpus.max_steps=5"]),
     ]
@@ -50,11 +53,34 @@ def test_a_teacher_is_made_once_and_goes_on_where_it_was(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["locks", "model-tiny-0", "own-task", "teacher-own"]
 
 
+def test_a_teacher_may_learn_another_task_before_its_own(tmp_path):
+    """It then starts from that model, with a head of its own."""
+    rows = [
+        {"premise": f"text {n}", "hypothesis": f"text {n + n % 3}", "label": ("a", "b", "c")[n % 3]} for n in range(808)
+    ]
+    (tmp_path / "glue" / "MNLI").mkdir(parents=True)
+    (tmp_path / "glue" / "MNLI" / "dev_matched.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    rte = tmp_path / "glue" / "RTE"
+    rte.mkdir()
+    pairs = "".join(f"{n}\tone {n}\ttwo\t{('', 'not_')[n % 2]}entailment\n" for n in range(8))
+    for split in ("train", "dev"):
+        (rte / f"{split}.tsv").write_text(f"index\tsentence1\tsentence2\tlabel\n{pairs}", encoding="utf-8")
+    shop = Workshop(tmp_path / "work", tmp_path, "tiny", 0, "float32")
+    teacher = shop.teacher("rte", {"max_steps": 1, "batch_size": 4}, "mnli")
+    assert teacher.name == "teacher-rte-after-mnli"
+    before = json.loads((shop.work / "before-mnli" / "config.json").read_text("utf-8"))
+    after = json.loads((teacher / "config.json").read_text("utf-8"))
+    assert sorted(before["label2id"]) == ["a", "b", "c"]
+    assert sorted(after["label2id"]) == ["entailment", "not_entailment"]
+    assert len((shop.work / "before-mnli-data" / "dev.jsonl").read_text("utf-8").splitlines()) == 800
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
         ({}, ExperimentSkipped, "give the folder that holds glue/ and text/ with --data"),
         ({"stages": "three"}, SuiteError, "stages is two or one, got 'three'"),
+        ({"before": "snli"}, SuiteError, "before is nothing or one of mnli, got 'snli'"),
         ({"first": "both"}, SuiteError, "first is base or teacher, with two stages; got 'both'"),
         ({"first": "teacher", "stages": "one"}, SuiteError, "with two stages"),
     ],

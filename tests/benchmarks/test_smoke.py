@@ -98,7 +98,7 @@ def check_report(text, results):
     assert f"| {results['model-speed']['figures']['batch_1']['won']:.0%} |" in text
     assert f"({results['peers']['figures']['tokens_4']['dense_ratio']:.2f}) |" in text
     assert f"| {results['roofline']['figures']['tokens_4']['dense_ratio']:.2f} (" in text
-    assert f"| {results['cost-model']['figures']['layers']['number']} |" in text
+    assert f"| {results['cost-model']['figures']['layers']} |" in text
     assert f"| 48 x 64 | {results['large-weight']['figures']['achieved_ratio']:.2f} |" in text
     assert f"| {results['corpus-distill']['figures']['training']['tokens']:,} |" in text
     assert f"| {results['recipe']['figures']['kept']:.1%} |" in text

@@ -19,8 +19,8 @@ from tests.cli.conftest import Cli, Fails
 
 PACKAGE = Path(compresskit_cli.__file__).parent
 COMMANDS = (
-    *("calibrate", "compress", "demo", "distill", "evaluate", "finetune", "inspect", "kernels", "methods", "plan"),
-    "presets",
+    *("calibrate", "compress", "demo", "distill", "evaluate", "finetune", "inspect", "kernels", "machines"),
+    *("methods", "plan", "presets"),
 )
 HEAVY = ("torch", "transformers", "scipy", "tensorly", "numpy", "safetensors", "huggingface_hub", "datasets", "sklearn")
 

@@ -1,6 +1,7 @@
 """Nested tables: merged, changed by dotted name, and written as TOML."""
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -103,4 +104,6 @@ def _value(value: Any) -> str:
             f"\n    {(',' + chr(10) + '    ').join(items)},\n" if any(isinstance(i, Mapping) for i in value) else ""
         )
         return f"[{inside or ', '.join(items)}]"
+    if isinstance(value, float) and abs(value) >= 1e6 and float(short := f"{value:.6e}") == value:
+        return re.sub(r"\.?0*e\+0*", "e", short)
     return json.dumps(value, ensure_ascii=False)
