@@ -23,7 +23,16 @@ from tests.cli.conftest import Cli, fingerprint, hidden
 
 QUERY = "encoder.layer.0.attention.self.query"
 REPORT = {
-    *("output", "disk_bytes_before", "disk_bytes_after", "peak_memory_bytes", "compress_time_s", "time_s", "gap"),
+    *(
+        "output",
+        "disk_bytes_before",
+        "disk_bytes_after",
+        "peak_memory_bytes",
+        "compress_time_s",
+        "time_s",
+        "gap",
+        "target",
+    ),
     *("ratio", "site_ratio", "body_ratio", "bytes_ratio", "macs_ratio", "relative_error", "sites", "left"),
     *("coverage", "expected_speedup", "measured"),
     *("weighted_error", "corrected_biases", "calibration", "front", "compared", "searched"),

@@ -55,7 +55,7 @@ def test_json_is_one_document(cli: Cli, work: Path) -> None:
     made = outcome.json()
     assert made == json.loads((work / "plan.json").read_text())
     assert set(made) == {
-        *("format_version", "num_params", "params_after", "ratio", "gap", "coverage", "sites", "left_dense"),
+        *("format_version", "num_params", "params_after", "ratio", "gap", "target", "coverage", "sites", "left_dense"),
         *("expected_speedup", "front", "compared", "searched"),
     }
     assert made["ratio"] == made["num_params"] / made["params_after"] >= 4

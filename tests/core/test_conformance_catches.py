@@ -104,7 +104,7 @@ broken("macs", "macs says 49 multiply-adds", structure={"macs": property(lambda 
 rebuilds = {"matmul": lambda self, x, factors, bias=None: F.linear(x, self.dense(factors), bias)}
 broken("macs", "were counted for", structure={"dense": Toy.dense, **rebuilds})
 idle = {"operations": lambda self, tokens: []}
-broken("operations", r"operations\(1\) would take 0 s", structure=idle)
+broken("operations", r"operations\(1\) would take 0.0 s", structure=idle)
 rebuilt = {"operations": lambda self, tokens: dense_operations(self.rows, self.cols, tokens)}
 broken("operations", "operations do 576 multiply-adds for 1 tokens, macs says 48", structure=rebuilt)
 endless = {"lookup_operations": lambda self, tokens: [Pass(10**13)]}
