@@ -36,6 +36,7 @@ LAYERS = {
         "options",
         "registration",
         "core",
+        "machines",
         "surgery",
         "hub",
         "calibration",

@@ -8,8 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, final
 
+from compresskit.core.cost import TOKENS
 from compresskit.distill import Objective, objective_from_data
 from compresskit.errors import CompresskitError, OptionError, UnknownNameError
+from compresskit.machines import DEFAULT
+from compresskit.machines import machine as find_machine
 from compresskit.options import option_text, parse_options
 from compresskit.registration import suggestion
 from compresskit.tables import merged, set_value, table_text, value_of
@@ -51,10 +54,15 @@ class _Plain:
     calibration: int = 0
     even_words: bool = False
     budget: str = BUDGETS[0]
+    machine: str = DEFAULT
+    tokens: int = TOKENS
 
     def __post_init__(self) -> None:
         if self.calibration < 0:
             raise OptionError(f"calibration is {self.calibration} texts; 0 or more are expected")
+        if self.tokens < 1:
+            raise OptionError(f"tokens are those that the model sees at a time, at least 1; got {self.tokens}")
+        find_machine(self.machine)
         if self.budget not in BUDGETS:
             raise OptionError(f"budget is {self.budget!r}; {' or '.join(BUDGETS)} is expected")
 
@@ -77,6 +85,7 @@ class Compressed(_Plain):
         budget: with a ratio and a calibration: choose structures by the errors of the layers' `outputs`, for the best
             start, or by those of the `weights`, which ends better where training follows at a high ratio.
         even_words: in that all words count alike, not as often as the texts have them.
+        machine, tokens: with a ratio: where the student is to be fast, as for `compresskit.compress`.
     """
 
     rules: tuple[ShapeRule, ...] = ()

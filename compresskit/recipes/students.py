@@ -108,6 +108,8 @@ def compression_plan(
         exclude=student.exclude,
         uniform=student.uniform,
         allow_slower=student.allow_slower,
+        machine=student.machine,
+        tokens=student.tokens,
         calibration=calibration,
         on_progress=on_progress,
     )

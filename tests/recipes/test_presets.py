@@ -157,6 +157,8 @@ def test_an_unknown_preset_names_the_nearest(name, error, match):
             'budget = "texts"',
             r"my\.toml: compress: budget is 'texts'; outputs or weights is expected",
         ),
+        ("uniform = true", 'machine = "cpu-b16"', r"no machine is called 'cpu-b16'; did you mean 'cpu-bf16'"),
+        ("uniform = true", "tokens = 0", r"my\.toml: compress: tokens are those .* at least 1; got 0"),
         ('method = "svd"', 'method = "svd"\nmethods = "svd"', r"my\.toml: compress\.methods is a table, not 'svd'"),
         ("uniform = true", "uniform = 3", r"my\.toml: compress: option 'uniform' takes true or false, got '3'"),
         ("[task]", "[task]\naltered_copies = -1", r"my\.toml: task: altered_copies is -1; 0 or more are expected"),
@@ -209,6 +211,16 @@ def test_some_layers_get_another_method():
     edited = recipes.preset("kronecker-svd-kd").with_values({"compress.methods": {"*embeddings*": "svdd"}})
     with pytest.raises(UnknownNameError, match="'svdd'; did you mean 'svd'"):
         recipes.compression_plan(edited, model, ratio=2)
+
+
+def test_a_student_is_planned_for_a_machine():
+    model = transformers.BertModel(config(hidden_size=384, intermediate_size=384))
+    asked = recipes.preset("kronecker-svd-kd").with_values({"compress.options": {}})
+    values = {"compress.machine": "cpu-bf16-kernel", "compress.tokens": 1024}
+    target = recipes.compression_plan(asked.with_values(values), model, ratio=4).target
+    assert (target.machine.name, target.tokens) == ("cpu-bf16-kernel", 1024)
+    with pytest.raises(BudgetError, match="slower than dense"):
+        recipes.compression_plan(asked.with_values({"compress.machine": "cpu-bf16"}), model, ratio=8)
 
 
 def test_a_budget_by_weights_is_that_without_texts_and_the_fits_are_to_texts():
