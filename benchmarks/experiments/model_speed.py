@@ -47,10 +47,11 @@ class ModelSpeed(Experiment):
         kernel: `pytorch`: layers run by PyTorch's operations. `compiled`: by our compiled kernel for processors, and in
             the same rounds, as `plain`, without it.
         repeats: rounds; the figures are their medians.
+        machine: that METHOD-RATIO is planned for, of `compresskit machines`.
     """
 
     kind: ClassVar[str] = "model-speed"
-    later: ClassVar[tuple[str, ...]] = ("kernel",)
+    later: ClassVar[tuple[str, ...]] = ("kernel", "machine")
 
     model: str
     shape: str = "bert-base"
@@ -60,6 +61,7 @@ class ModelSpeed(Experiment):
     dtype: str = "float32"
     kernel: str = WAYS[0]
     repeats: int = 15
+    machine: str = "cpu"
 
     def run(self, data: Path | None) -> Outcome:
         from benchmarks.devices import device_name, find_device, find_dtype
@@ -97,7 +99,7 @@ class ModelSpeed(Experiment):
         method, dash, ratio = self.model.rpartition("-")
         if not dash or not ratio.replace(".", "").isdigit():
             raise SuiteError(f"model-speed: model is {', '.join(PAPERS)} or METHOD-RATIO, got {self.model!r}")
-        return compresskit.compress(model, method, ratio=float(ratio))
+        return compresskit.compress(model, method, ratio=float(ratio), machine=self.machine)
 
     def _times(self, models: Mapping[str, Any], batch: int, device: Any) -> dict[str, list[float]]:
         import torch

@@ -1,0 +1,54 @@
+"""Tables of expected times in benchmarks/README.md are those of the committed results; machines keep what they say."""
+
+import pytest
+
+from compresskit.machines import closeness, machine
+from tests.benchmarks.test_readme_tables import line_of, results_of, rows_below
+
+KINDS = ("dense", "kronecker", "low-rank", "tucker", "tensor-train", "blast", "monarch")
+
+
+def row_of(result):
+    """How many times predictions are off, at the median and nine of ten, and layers slower though permitted."""
+    found = result["figures"]["committed"]
+    cells = [f"{of['off_median']:.2f}, {of['off_90']:.2f}; {of['faster_but_slower']}" for of in map(found.get, KINDS)]
+    return line_of([f"`{result['configuration']['machine']}`", *cells])
+
+
+def test_the_table_of_expected_times_is_that_of_the_results():
+    assert sorted(rows_below("Expected times", ("`cpu`", "`cpu-kernel`", "`cpu-bf16`", "`cpu-bf16-kernel`"))) == sorted(
+        map(row_of, results_of("cost-model"))
+    )
+
+
+def test_a_gpu_is_expected_to_take_what_it_took():
+    """Dense and Kronecker layers of the committed results, by the faster kernel in graphs."""
+    times = {}
+    for result in results_of("gpu"):
+        if result["configuration"]["kind"] == "fused":
+            times |= layer_times(result)
+    found = closeness(machine("h100"), times)
+    assert found["kronecker"].number >= 96
+    assert found["dense"].off_median < 1.2
+    assert found["kronecker"].off_median < 1.2
+    assert found["kronecker"].off_90 < 1.6
+    assert found["kronecker"].faster_but_slower == 0
+
+
+def layer_times(result):
+    import compresskit
+
+    rows, cols = map(int, result["configuration"]["shape"].split("x"))
+    times = {}
+    for options, by_tokens in result["figures"]["structures"].items():
+        method = compresskit.decomposition("kronecker", dict(option.split("=") for option in options.split(",")))
+        (structure,) = method.menu(rows, cols)
+        for tokens, ways in by_tokens.items():
+            times[(structure, rows, cols, int(tokens))] = ways["graph"]["times_s"]["auto"]
+            times[(None, rows, cols, int(tokens))] = ways["graph"]["times_s"]["dense"]
+    return times
+
+
+@pytest.mark.parametrize("name", ["cpu", "cpu-kernel", "cpu-bf16", "cpu-bf16-kernel"])
+def test_each_machine_of_a_processor_was_compared_with_layers(name):
+    assert name in {result["configuration"]["machine"] for result in results_of("cost-model")}
