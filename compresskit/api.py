@@ -19,14 +19,14 @@ from compresskit.core.importance import Importance
 from compresskit.core.registry import decomposition
 from compresskit.errors import CalibrationError, OptionError, PlanError
 from compresskit.hub import check_unquantized, mark_compressed
-from compresskit.machines import DEFAULT
 from compresskit.machines import machine as find_machine
+from compresskit.machines import machine_for
 from compresskit.surgery.apply import Report, SiteFit, apply_
 from compresskit.surgery.budget import param_budget
 from compresskit.surgery.plan import Plan
 from compresskit.surgery.pricing import Known, OnProgress, Planned, make_plan
 from compresskit.surgery.rules import Assignment, Rule, assign
-from compresskit.surgery.sites import find_sites
+from compresskit.surgery.sites import Survey, find_sites, site_weight
 
 Method = str | Decomposition
 
@@ -43,7 +43,7 @@ def compress(
     rules: Sequence[tuple[str, Method]] | Mapping[str, Method] = (),
     max_macs: int | None = None,
     speed: float | None = None,
-    machine: str | Path | Machine = DEFAULT,
+    machine: str | Path | Machine | None = None,
     tokens: int = TOKENS,
     uniform: bool = False,
     allow_slower: bool = False,
@@ -77,7 +77,8 @@ def compress(
         speed: expected speed-up of these layers together, at least; expected by the cost model of the machine, so that
             a plan is the same wherever it is made.
         machine: where the model is to be fast: one of `machines()`, or a file of the same form. Unless `allow_slower`,
-            no structure is chosen that is expected to run slower than dense there.
+            no structure is chosen that is expected to run slower than dense there. None: `cpu`, or `cpu-bf16` for a
+            model in bfloat16.
         tokens: that the model will see at a time, texts times their length; 1 for a text that is generated.
         uniform: layers of one shape get one structure, as the papers do.
         allow_slower: permit structures that are expected to run slower than the dense layer.
@@ -213,7 +214,7 @@ def plan(
     rules: Sequence[tuple[str, Method]] | Mapping[str, Method] = (),
     max_macs: int | None = None,
     speed: float | None = None,
-    machine: str | Path | Machine = DEFAULT,
+    machine: str | Path | Machine | None = None,
     tokens: int = TOKENS,
     uniform: bool = False,
     allow_slower: bool = False,
@@ -261,7 +262,7 @@ def _plan(
     rules: Sequence[tuple[str, Method]] | Mapping[str, Method],
     max_macs: int | None,
     speed: float | None,
-    machine: str | Path | Machine,
+    machine: str | Path | Machine | None,
     tokens: int,
     uniform: bool,
     allow_slower: bool,
@@ -275,7 +276,8 @@ def _plan(
     """The plan; after trials its fits by site name, too."""
     if tokens < 1:
         raise OptionError(f"tokens are those that the model sees at a time, at least 1; got {tokens}")
-    target, survey = Target(find_machine(machine), tokens), find_sites(model)
+    survey = find_sites(model)
+    target = Target(machine_for(_dtype(model, survey)) if machine is None else find_machine(machine), tokens)
     budget = None
     if not (ratio is None and params is None and keep is None):
         budget = param_budget(survey.num_params, ratio=ratio, params=params, keep=keep)
@@ -315,6 +317,12 @@ def _plan(
         on_progress=on_progress,
     )
     return (plan_for(assignment, sensitivities), None) if found is None else (found.planned, found.fits)
+
+
+def _dtype(model: nn.Module, survey: Survey) -> str:
+    """Of the largest weight that could be replaced."""
+    largest = max(survey.sites, key=lambda site: site.num_params, default=None)
+    return "" if largest is None else str(site_weight(model, largest).dtype).removeprefix("torch.")
 
 
 def _importances(

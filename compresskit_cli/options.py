@@ -133,7 +133,9 @@ def choice_options(function: F) -> F:
         ),
         click.option("--speed", type=float, help="Expected speed-up of the chosen layers together, at least, e.g. 3."),
         click.option(
-            "--machine", metavar="NAME|FILE", help="Where it is to be fast: see `compresskit machines`. [default: cpu]"
+            "--machine",
+            metavar="NAME|FILE",
+            help="Where it is to be fast: see `compresskit machines`. [default: cpu; in bfloat16 cpu-bf16]",
         ),
         click.option("--tokens", type=click.IntRange(1), help="Tokens at a time that it will see. [default: 128]"),
         click.option("--uniform", is_flag=True, help="Layers of one shape get one structure, as in the papers."),

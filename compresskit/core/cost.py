@@ -121,6 +121,7 @@ class Machine:
         about: what was measured: processor, software, kernels.
         dtype: type of weights and inputs, of `ELEMENT_BYTES`.
         notable_s: a layer that is expected to take so much longer than dense, or less, counts as equally fast.
+        tiny_s: so does one whose dense layer takes no more than this: most of that is the call, not the work.
         dense: speeds of dense layers.
         factorised: of factorised ones, but for those in
         kinds: pairs of a `Structure.kind` and its speeds.
@@ -130,6 +131,7 @@ class Machine:
     about: str
     dtype: str
     notable_s: float
+    tiny_s: float
     dense: Speeds
     factorised: Speeds
     kinds: tuple[tuple[str, Speeds], ...] = ()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from compresskit.machines.find import (
     DEFAULT,
     machine,
+    machine_for,
     machine_from_data,
     machine_text,
     machine_to_data,
@@ -24,6 +25,7 @@ __all__ = [
     "Measured",
     "closeness",
     "machine",
+    "machine_for",
     "machine_from_data",
     "machine_text",
     "machine_to_data",

@@ -14,12 +14,13 @@ from compresskit.tables import read_tables, table_text
 
 FOLDER = Path(__file__).parent
 DEFAULT = "cpu"
-"""The machine that plans are made for unless another is named."""
+DEFAULTS = {"bfloat16": "cpu-bf16"}
+"""The machine that plans are made for unless one is named, by the type of the model's weights; `DEFAULT` for others."""
 
 MAY_BE_ZERO = {"layer_s", "half_m", "half_n", "half_k"}
 RATES = ("single", "batched", "vector")
 SPEED_KEYS = tuple(f.name for f in fields(Speeds) if f.name != "element_bytes")
-KEYS = ("name", "about", "dtype", "notable_s", "dense", "factorised", "kinds")
+KEYS = ("name", "about", "dtype", "notable_s", "tiny_s", "dense", "factorised", "kinds")
 
 
 def machines() -> dict[str, Machine]:
@@ -46,6 +47,11 @@ def machine(which: str | Path | Machine = DEFAULT) -> Machine:
     return machine_from_data(data, where)
 
 
+def machine_for(dtype: str) -> Machine:
+    """The machine that models with weights of this type are planned for unless another is named."""
+    return machine(DEFAULTS.get(dtype, DEFAULT))
+
+
 def machine_from_data(data: Any, where: str) -> Machine:
     """The machine that `machine_to_data` wrote down.
 
@@ -68,13 +74,13 @@ def machine_from_data(data: Any, where: str) -> Machine:
     if not isinstance(kinds, Mapping):
         raise OptionError(f"{where}: kinds are tables, got {kinds!r}")
     by_kind = {str(kind): _speeds(value, num_bytes, f"{where}: kinds.{kind}") for kind, value in kinds.items()}
-    notable_s = _number(table["notable_s"], "notable_s", where, zero=True)
-    return Machine(name, about, dtype, notable_s, dense, factorised, tuple(by_kind.items()))
+    notable_s, tiny_s = (_number(table[key], key, where, zero=True) for key in ("notable_s", "tiny_s"))
+    return Machine(name, about, dtype, notable_s, tiny_s, dense, factorised, tuple(by_kind.items()))
 
 
 def machine_to_data(made: Machine) -> dict[str, Any]:
     """Plain data, which reads back with `machine_from_data`."""
-    data = {key: getattr(made, key) for key in ("name", "about", "dtype", "notable_s")}
+    data = {key: getattr(made, key) for key in ("name", "about", "dtype", "notable_s", "tiny_s")}
     data["dense"] = _speeds_data(made.dense)
     if made.factorised != made.dense:
         data["factorised"] = _speeds_data(made.factorised)

@@ -43,6 +43,9 @@ LEAST = 1e-7
 HOLD = 0.03
 """How hard constants of factorised layers are held at those of dense ones, where nothing measured speaks for others."""
 
+TINY = 1.5
+"""A dense layer on a processor that takes no more than so many calls of nothing is tiny."""
+
 Call = Callable[[], object]
 OnRound = Callable[[int, int], None]
 """Called with rounds of timing done and all of them."""
@@ -122,7 +125,10 @@ def measure_machine(
     factorised = {layer: seconds for layer, seconds in of_layers.items() if layer[0] is not None}
     kinds = {kind: fit_speeds(_works(of), dense, hold=HOLD) for kind, of in _by_kind(factorised).items()}
     together = fit_speeds(_works(factorised), dense, hold=HOLD) if kinds else dense
-    machine = Machine(name, _about(dtype, device), dtype, _notable_s(device), dense, together, tuple(kinds.items()))
+    tiny_s = TINY * (dense.layer_s + dense.gemm_call_s) if device == "cpu" else 0.0
+    machine = Machine(
+        name, _about(dtype, device), dtype, _notable_s(device), tiny_s, dense, together, tuple(kinds.items())
+    )
     return Measured(machine, closeness(machine, of_layers), of_layers)
 
 
@@ -135,7 +141,7 @@ def closeness(machine: Machine, measured: Mapping[Layer, float]) -> dict[str, Cl
         wrong = 0
         for layer in layers:
             plain = (None, *layer[1:])
-            permitted = expected[layer] - predicted_s(machine, plain) <= machine.notable_s
+            permitted = expected[layer] - predicted_s(machine, plain) <= machine.notable_s  # none of these is tiny
             wrong += permitted and layers[layer] > max(measured[plain] + machine.notable_s, 1.1 * measured[plain])
         found[kind] = Closeness(len(layers), float(np.median(off)), float(np.percentile(off, 90)), wrong)
     return found

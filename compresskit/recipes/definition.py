@@ -11,7 +11,6 @@ from typing import Any, final
 from compresskit.core.cost import TOKENS
 from compresskit.distill import Objective, objective_from_data
 from compresskit.errors import CompresskitError, OptionError, UnknownNameError
-from compresskit.machines import DEFAULT
 from compresskit.machines import machine as find_machine
 from compresskit.options import option_text, parse_options
 from compresskit.registration import suggestion
@@ -54,7 +53,7 @@ class _Plain:
     calibration: int = 0
     even_words: bool = False
     budget: str = BUDGETS[0]
-    machine: str = DEFAULT
+    machine: str | None = None
     tokens: int = TOKENS
 
     def __post_init__(self) -> None:
@@ -62,7 +61,8 @@ class _Plain:
             raise OptionError(f"calibration is {self.calibration} texts; 0 or more are expected")
         if self.tokens < 1:
             raise OptionError(f"tokens are those that the model sees at a time, at least 1; got {self.tokens}")
-        find_machine(self.machine)
+        if self.machine is not None:
+            find_machine(self.machine)
         if self.budget not in BUDGETS:
             raise OptionError(f"budget is {self.budget!r}; {' or '.join(BUDGETS)} is expected")
 

@@ -21,7 +21,10 @@ from compresskit.surgery.sites import Site
 
 SMALLER, LARGER = 4, 8
 """Structures between the average size over SMALLER and times LARGER are priced; more only if these do not reach."""
-SLOWER = "every structure that the method has for it is expected to run slower than dense (allow_slower permits them)"
+SLOWER = (
+    "every structure that the method has for it is expected to run slower than dense (allow_slower permits them; on "
+    "another machine they may not)"
+)
 NEAR = 1.5
 """Of methods whose prices are dear, those up to so many times smaller or larger than the budget's first choice."""
 MOVED = 1.3

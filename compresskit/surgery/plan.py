@@ -205,13 +205,15 @@ def _time_ns(rows: int, cols: int, structure: Structure | None, multiplied: int,
 def runs_slower(site: Site, structure: Structure, target: Target) -> bool:
     """Whether a structure does more multiply-adds than the dense layer or is expected to take notably longer.
 
-    Less than the machine's `notable_s` does not count: what tiny layers take is the overhead of calls. Nor does a table
-    that rows are only looked up in: that takes next to nothing.
+    Less than the machine's `notable_s` does not count, nor do layers that take no more than its `tiny_s` while dense:
+    what tiny layers take is the overhead of calls. Nor does a table that rows are only looked up in: that takes next to
+    nothing.
     """
     if site.multiplied == 0:
         return False
-    longer = site_time_ns(site, structure, target) - site_time_ns(site, None, target)
-    return structure.macs > site.num_params or longer > 1e9 * target.machine.notable_s * site.multiplied
+    machine, dense_ns = target.machine, site_time_ns(site, None, target)
+    longer = site_time_ns(site, structure, target) - dense_ns > 1e9 * machine.notable_s * site.multiplied
+    return structure.macs > site.num_params or (longer and dense_ns > 1e9 * machine.tiny_s * site.multiplied)
 
 
 def _site_json(planned: PlannedSite) -> dict[str, Any]:

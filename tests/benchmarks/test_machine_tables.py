@@ -54,7 +54,7 @@ def test_each_machine_of_a_processor_was_compared_with_layers(name):
 
 
 def planned_row(result):
-    """Expected speed-up of the layers and the one that is left when the floor is taken off, and the whole model's time."""
+    """Expected speed-up of the layers, that which is left without what the floor takes, and the time of the model."""
     configuration, figures = result["configuration"], result["figures"]
     one = figures["batch_1"]
     cells = [f"`{configuration.get('machine', 'cpu')}`", configuration["model"], WITH[configuration.get("kernel")]]

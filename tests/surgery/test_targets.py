@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from torch import nn
 
 import compresskit
@@ -35,6 +36,16 @@ def test_what_is_fast_on_one_machine_and_slow_on_another_is_taken_there_only():
         compresskit.plan(model(), "kronecker", ratio=8, machine="cpu-bf16")
     forced = compresskit.plan(model(), "kronecker", ratio=8, machine="cpu-bf16", allow_slower=True)
     assert any(site.slower for site in forced.sites)
+
+
+def test_the_default_follows_the_type_of_the_weights():
+    """Plans are those of the model, wherever they are made."""
+    for dtype, name in ((torch.float32, "cpu"), (torch.float64, "cpu"), (torch.bfloat16, "cpu-bf16")):
+        planned = compresskit.plan(model().to(dtype), "svd", ratio=4, allow_slower=True)
+        assert planned.target.machine.name == name
+    with pytest.raises(BudgetError, match=r"slower than dense \(allow_slower permits them; on another machine"):
+        compresskit.plan(model().to(torch.bfloat16), "kronecker", ratio=8)
+    assert compresskit.plan(model().to(torch.bfloat16), "kronecker", ratio=8, machine="cpu").speedup > 1
 
 
 def test_plans_and_reports_remember_their_target():
