@@ -21,10 +21,7 @@ from compresskit.surgery.sites import Site
 
 SMALLER, LARGER = 4, 8
 """Structures between the average size over SMALLER and times LARGER are priced; more only if these do not reach."""
-SLOWER = (
-    "every structure that the method has for it is expected to run slower than dense (allow_slower permits them; on "
-    "another machine they may not)"
-)
+SLOWER = "every structure that the method has for it is expected to run slower than dense (allow_slower permits them)"
 NEAR = 1.5
 """Of methods whose prices are dear, those up to so many times smaller or larger than the budget's first choice."""
 MOVED = 1.3
@@ -51,6 +48,11 @@ def _menu(site: Site, decomposition: Decomposition, target: Target, *, allow_slo
         if structure.num_params + site.extra_params < site.num_params
         and (allow_slower or not runs_slower(site, structure, target))
     ]
+
+
+def planned_for(target: Target) -> str:
+    """The end of an error about what is slow: where."""
+    return f". Slower for {target}; for another machine (compresskit machines lists them) they may not be"
 
 
 def why_none(site: Site, decomposition: Decomposition) -> str:
@@ -102,6 +104,7 @@ def refuse_unreachable(
         f"ratio {shortest_ratio(num_params, max_params):.6g} leaves {max_params:,} of {num_params:,} parameters; the "
         f"highest ratio that these rules reach is {four_digits_down(num_params / floor):.4g} ({floor:,} parameters, "
         f"{rest:,} of them in what no rule touches). Most is held by: {biggest}"
+        + (planned_for(assignment.target) if any(reason == SLOWER for _, _, reason in holders) else "")
     )
 
 

@@ -31,6 +31,7 @@ from compresskit.surgery.menus import (
     menus_of,
     narrowed,
     near_size,
+    planned_for,
     refuse_unreachable,
     why_none,
     without_dear,
@@ -211,7 +212,7 @@ def make_plan(
             picks, gap, front = _solve(price_all("compare", asked), limits, num_params, uniform=uniform)
     planned, dense = _sort_picks(picks)
     if not planned:
-        raise BudgetError(f"every site would stay dense: {_why_dense(dense)}")
+        raise BudgetError(f"every site would stay dense: {_why_dense(dense, assignment.target)}")
     plan = Plan(planned, (*assignment.left, *dense), num_params, assignment.target, assignment.coverage, gap, front)
     return Planned(plan, {p.site.name: p.known.analysis for p in priced if p.known.analysis is not None})
 
@@ -245,9 +246,9 @@ def _dear_near(
     return asked
 
 
-def _why_dense(dense: Sequence[Refusal]) -> str:
+def _why_dense(dense: Sequence[Refusal], target: Target) -> str:
     if any(refusal.reason == SLOWER for refusal in dense):
-        return f"for {dense[0].name!r} and others, {SLOWER}"
+        return f"for {dense[0].name!r} and others, {SLOWER}{planned_for(target)}"
     return "the budget is too generous, or the method has no structure"
 
 

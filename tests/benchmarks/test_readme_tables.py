@@ -210,22 +210,22 @@ def by_teacher(result):
 
 
 def taught_rows(results):
-    """One row for each task, ratio and length of training, one column for each preset."""
+    """One row for each task, what was learnt before, ratio and length of training; one column for each preset."""
     found = {}
     for result in results:
         configuration, figures = result["configuration"], result["figures"]
         primary = figures["primary"]
         longer = "corpus.max_steps=800" in configuration["settings"]
-        key = (TASKS.index(configuration["task"]), configuration["ratio"], not longer)
+        before = configuration.get("before", "")
+        key = (TASKS.index(configuration["task"]), before, configuration["ratio"], not longer)
         row = found.setdefault(key, {"metric": primary, "teacher": figures["teacher"][primary]})
         options = (figures.get("compress") or {}).get("options", {})
         full = bool(options.get("full_rank")) or "compress.options.full_rank=true" in configuration["settings"]
-        row[configuration["preset"] + ", full rank" * full] = (
-            f"{figures['metrics'][primary]:.3f} ({figures['kept']:.1%})"
-        )
+        preset = configuration["preset"].replace("svd-balanced-kd", "svd-kd")  # the rows of svd-kd are balanced, too
+        row[preset + ", full rank" * full] = f"{figures['metrics'][primary]:.3f} ({figures['kept']:.1%})"
     rows = []
-    for (task, ratio, short), row in sorted(found.items()):
-        first = f"{TASKS[task]}, {ratio:g}" + ("" if short else ", longer")
+    for (task, before, ratio, short), row in sorted(found.items()):
+        first = TASKS[task] + (f" after {before}" if before else "") + f", {ratio:g}" + ("" if short else ", longer")
         cells = [first, row["metric"], f"{row['teacher']:.3f}", *(row.get(preset, "") for preset in TAUGHT)]
         rows.append(line_of(cells))
     return rows
