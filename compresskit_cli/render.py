@@ -171,7 +171,7 @@ def plan(plan: "Plan", *, calibrated: bool = False) -> None:
     say(f"Replaceable layers hold {plan.coverage:.1%} of the parameters.")
     say(f"Multiply-adds (MACs) per token in these layers: {count(plan.dense_macs)} -> {count(plan.macs)}.")
     say(f"Expected speed-up of these layers together: {plan.speedup:.2f} ({plan.target}; not measured).")
-    warn_slower([p.site.name for p in plan.sites if p.slower])
+    warn_slower([p.site.name for p in plan.sites if p.slower], plan.speedup)
     of_what = "of the layer's output on the samples" if calibrated else "of the weight (Frobenius)"
     say(f"Errors are relative to the norm {of_what} and expected, not yet measured.")
 
@@ -197,7 +197,7 @@ def report(report: "Report") -> None:
     for warning in (report.calibration or {}).get("warnings", ()):
         say(f"Warning: {warning}")
     _warn_little(report)
-    warn_slower([s.name for s in report.sites if s.slower])
+    warn_slower([s.name for s in report.sites if s.slower], report.expected_speedup)
 
 
 def _warn_little(report: "Report") -> None:
@@ -258,8 +258,11 @@ def _speed_by_group(plan: "Plan") -> None:
     table("Expected time", ("layers", "number", "dense ms", "planned ms", "speed-up"), rows)
 
 
-def warn_slower(names: Sequence[str]) -> None:
-    """Say which layers are expected to be slower than dense: only what was asked for can be."""
+def warn_slower(names: Sequence[str], speedup: float) -> None:
+    """Say which layers are expected to be notably slower than dense, which only what was asked for can be, or if all
+    together are."""
+    if speedup < 1:
+        say(f"Warning: together these layers are expected to run slower than dense ones ({speedup:.2f} times as fast).")
     if names:
         say(f"Warning: expected to be slower than dense, as you asked for them or allowed it: {', '.join(names)}")
 

@@ -22,6 +22,8 @@ from compresskit.surgery.sites import Site
 SMALLER, LARGER = 4, 8
 """Structures between the average size over SMALLER and times LARGER are priced; more only if these do not reach."""
 SLOWER = "every structure that the method has for it is expected to run slower than dense (allow_slower permits them)"
+NOTHING_FAST = "no structure as fast as dense"
+"""`SLOWER` in short."""
 NEAR = 1.5
 """Of methods whose prices are dear, those up to so many times smaller or larger than the budget's first choice."""
 MOVED = 1.3
@@ -51,8 +53,11 @@ def _menu(site: Site, decomposition: Decomposition, target: Target, *, allow_slo
 
 
 def planned_for(target: Target) -> str:
-    """The end of an error about what is slow: where."""
-    return f". Slower for {target}; for another machine (compresskit machines lists them) they may not be"
+    """The end of an error about what is slow: where, and what to do."""
+    return (
+        f". Times are expected for {target}; allow_slower permits slower structures, and on another machine "
+        "(compresskit machines lists them) they may be faster"
+    )
 
 
 def why_none(site: Site, decomposition: Decomposition) -> str:
@@ -94,17 +99,19 @@ def refuse_unreachable(
     floor = rest + sum(least.values())
     if floor <= max_params:
         return
-    holders = [(r.num_params, r.name, r.reason) for r in assignment.left]
-    holders += [
-        (least[site.name], site.name, "its smallest structure" if menus[site.name] else why_none(site, decomposition))
+    reasons = {
+        site.name: "its smallest structure" if menus[site.name] else why_none(site, decomposition)
         for site, decomposition in assignment.chosen
-    ]
+    }
+    slow = any(reason == SLOWER for reason in reasons.values())
+    holders = [(r.num_params, r.name, r.reason) for r in assignment.left]
+    holders += [(least[name], name, reason.replace(SLOWER, NOTHING_FAST)) for name, reason in reasons.items()]
     biggest = "; ".join(f"{name} {n:,} ({reason})" for n, name, reason in sorted(holders, reverse=True)[:4])
     raise BudgetError(
         f"ratio {shortest_ratio(num_params, max_params):.6g} leaves {max_params:,} of {num_params:,} parameters; the "
         f"highest ratio that these rules reach is {four_digits_down(num_params / floor):.4g} ({floor:,} parameters, "
         f"{rest:,} of them in what no rule touches). Most is held by: {biggest}"
-        + (planned_for(assignment.target) if any(reason == SLOWER for _, _, reason in holders) else "")
+        + (planned_for(assignment.target) if slow else "")
     )
 
 

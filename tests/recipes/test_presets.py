@@ -219,7 +219,7 @@ def test_a_student_is_planned_for_a_machine():
     values = {"compress.machine": "cpu-bf16-kernel", "compress.tokens": 1024}
     target = recipes.compression_plan(asked.with_values(values), model, ratio=4).target
     assert (target.machine.name, target.tokens) == ("cpu-bf16-kernel", 1024)
-    with pytest.raises(BudgetError, match="slower than dense"):
+    with pytest.raises(BudgetError, match="no structure as fast as dense"):
         recipes.compression_plan(asked.with_values({"compress.machine": "cpu-bf16"}), model, ratio=8)
 
 
