@@ -37,9 +37,9 @@ def test_a_machine_is_measured_by_running_layers():
     assert (found.machine.name, found.machine.dtype) == ("mine", "float32")
     assert {kind for kind, _ in found.machine.kinds} == {"kronecker", "low-rank"}
     assert {layer[1:3] for layer in found.times_s} == {(64, 96)}
-    assert all(0 < seconds < 1 for seconds in found.times_s.values())
+    assert all(seconds > 0 for seconds in found.times_s.values())
     assert sum(of.number for of in found.closeness.values()) == len(found.times_s)
-    assert found.closeness["dense"].off_median < 3  # times of a few microseconds, whatever else runs here
+    assert all(1 <= of.off_median <= of.off_90 for of in found.closeness.values())
     assert machine_from_data(machine_to_data(found.machine), "here") == found.machine
 
 
@@ -49,12 +49,11 @@ def test_what_cannot_be_measured_says_so(dtype, device):
         measure_machine("mine", dtype, device=device)
 
 
-def test_the_least_time_counts_and_each_call_is_made():
+def test_each_call_is_made_in_each_round():
     calls = []
     times = best_times_s({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3)
     assert set(times) == {"a", "b"}
     assert calls.count("a") > 6
-    assert all(seconds < 1e-3 for seconds in times.values())
 
 
 def test_closeness_counts_what_plans_permit_and_is_slower():
