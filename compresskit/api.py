@@ -17,7 +17,7 @@ from compresskit.core.cost import TOKENS, Machine, Target
 from compresskit.core.decomposition import Decomposition
 from compresskit.core.importance import Importance
 from compresskit.core.registry import decomposition
-from compresskit.errors import CalibrationError, OptionError, PlanError
+from compresskit.errors import CalibrationError, PlanError
 from compresskit.hub import check_unquantized, mark_compressed
 from compresskit.machines import machine as find_machine
 from compresskit.machines import machine_for
@@ -274,8 +274,6 @@ def _plan(
     on_progress: OnProgress | None,
 ) -> tuple[Planned, Mapping[str, SiteFit] | None]:
     """The plan; after trials its fits by site name, too."""
-    if tokens < 1:
-        raise OptionError(f"tokens are those that the model sees at a time, at least 1; got {tokens}")
     survey = find_sites(model)
     target = Target(machine_for(_dtype(model, survey)) if machine is None else find_machine(machine), tokens)
     budget = None

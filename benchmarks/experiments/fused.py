@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, final
 
 from benchmarks.experiments import Experiment, Outcome
-from benchmarks.experiments.roofline import SAMPLE_S, limit_s, machine_rates, one_structure, random_layer
+from benchmarks.experiments.roofline import SAMPLE_S, limit_s, machine_rates, one_structure
 from benchmarks.timing import interleave, median_ratio
 
 WAYS = ("auto", "fused", "mixed", "pytorch")
@@ -90,6 +90,8 @@ def _cell(found: Mapping[str, Any]) -> str:
 def _measure(structure: Any, dense: Any, tokens: int, rates: tuple[float, float], repeats: int) -> dict[str, Any]:
     """Figures of one structure and number of tokens, as called and, on a GPU, in a graph."""
     import torch
+
+    from compresskit.machines import random_layer
 
     like = dense.weight
     layer = random_layer(structure).to(device=like.device, dtype=like.dtype)

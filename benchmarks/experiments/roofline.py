@@ -47,6 +47,7 @@ class Roofline(Experiment):
         import torch
 
         from benchmarks.devices import device_name, find_device, find_dtype
+        from compresskit.machines import random_layer
 
         device, dtype = find_device(self.device), find_dtype(self.dtype)
         torch.manual_seed(self.seed)
@@ -116,17 +117,6 @@ def one_structure(method: str, options: str, shape: str) -> Any:
 
 def _call(layer: Any, x: Any) -> Any:
     return lambda: layer(x)
-
-
-def random_layer(structure: Any) -> Any:
-    """A layer of this structure with random factors and bias."""
-    import torch
-
-    from compresskit import FactorizedLinear
-
-    specs = structure.factor_specs()
-    factors = {name: torch.randn(spec.shape) / max(spec.shape) ** 0.5 for name, spec in specs.items()}
-    return FactorizedLinear(structure, factors, torch.randn(structure.rows))
 
 
 def machine_rates(device: Any, dtype: Any, repeats: int) -> tuple[float, float]:

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import final
 
+from compresskit.errors import OptionError
+
 TOKENS = 128
 """Tokens of the forward pass that plans are made for unless another number is asked for: one text of usual length."""
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -139,18 +141,30 @@ class Machine:
     def __hash__(self) -> int:  # of a few hundred numbers, asked for with each structure of each menu
         return hash((self.name, self.about, self.dense.gemm_call_s))
 
-    def speeds(self, kind: str) -> Speeds:
-        """Of layers whose structure is of this kind."""
-        return dict(self.kinds).get(kind, self.factorised)
+    def speeds(self, kind: str | None) -> Speeds:
+        """Of layers whose structure is of this kind; None: of dense ones."""
+        return self.dense if kind is None else dict(self.kinds).get(kind, self.factorised)
+
+    def is_slower(self, layer_s: float, dense_s: float) -> bool:
+        """Whether a layer of this time counts as slower than the dense one."""
+        return layer_s - dense_s > self.notable_s and dense_s > self.tiny_s
 
 
 @final
 @dataclass(frozen=True)
 class Target:
-    """What plans are made for: so many tokens at a time on a machine."""
+    """What plans are made for: so many tokens at a time on a machine.
+
+    Raises:
+        OptionError: tokens are not at least 1.
+    """
 
     machine: Machine
     tokens: int = TOKENS
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise OptionError(f"tokens are those that the model sees at a time, at least 1; got {self.tokens}")
 
     def __str__(self) -> str:
         number = "1 token" if self.tokens == 1 else f"{self.tokens:,} tokens"

@@ -14,10 +14,17 @@ from compresskit.machines.find import (
     machine_text,
     machine_to_data,
     machines,
+    processor,
 )
 
 if TYPE_CHECKING:
-    from compresskit.machines.measure import Closeness, Measured, closeness, measure_machine
+    from compresskit.machines.measure import (
+        Closeness,
+        Measured,
+        closeness,
+        measure_machine,
+        random_layer,
+    )
 
 __all__ = [
     "DEFAULT",
@@ -31,15 +38,12 @@ __all__ = [
     "machine_to_data",
     "machines",
     "measure_machine",
+    "processor",
+    "random_layer",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in (
-        "Closeness",
-        "Measured",
-        "closeness",
-        "measure_machine",
-    ):  # they take scipy.optimize, which plans do not
+    if name in __all__:  # all that is not imported above: it takes scipy.optimize, which plans do not
         return getattr(importlib.import_module("compresskit.machines.measure"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

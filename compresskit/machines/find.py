@@ -1,6 +1,7 @@
 """Machines by name or file, and as plain data."""
 
 import math
+import platform
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -90,6 +91,14 @@ def machine_to_data(made: Machine) -> dict[str, Any]:
 def machine_text(made: Machine) -> str:
     """A TOML file to keep, edit and name."""
     return table_text(machine_to_data(made))
+
+
+def processor() -> str:
+    """The name of this machine's processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text("utf-8").splitlines() if info.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()
 
 
 def _path(which: str) -> Path:

@@ -1,12 +1,10 @@
 """What operations and layers take here, and the constants that predict them: a machine of one's own."""
 
 import itertools
-import platform
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
-from pathlib import Path
 from typing import Any, final
 
 import numpy as np
@@ -15,12 +13,13 @@ from scipy.optimize import least_squares
 from torch import nn
 from torch.nn import functional as F
 
-from compresskit.core.cost import ELEMENT_BYTES, Gemm, Machine, Operation, Pass, Rates, Speeds
+from compresskit.core.cost import ELEMENT_BYTES, Gemm, Machine, Operation, Pass, Rates, Speeds, dense_operations
 from compresskit.core.modules import FactorizedLinear
 from compresskit.core.native_build import kernel_state
 from compresskit.core.registry import decomposition
 from compresskit.core.structure import Structure
 from compresskit.errors import OptionError
+from compresskit.machines.find import processor
 
 SAMPLE_S = 2e-3
 """A call is repeated until a sample takes this long: a processor needs a while to run a call as fast as it can."""
@@ -141,7 +140,7 @@ def closeness(machine: Machine, measured: Mapping[Layer, float]) -> dict[str, Cl
         wrong = 0
         for layer in layers:
             plain = (None, *layer[1:])
-            permitted = expected[layer] - predicted_s(machine, plain) <= machine.notable_s  # none of these is tiny
+            permitted = not machine.is_slower(expected[layer], predicted_s(machine, plain))
             wrong += permitted and layers[layer] > max(measured[plain] + machine.notable_s, 1.1 * measured[plain])
         found[kind] = Closeness(len(layers), float(np.median(off)), float(np.percentile(off, 90)), wrong)
     return found
@@ -150,7 +149,7 @@ def closeness(machine: Machine, measured: Mapping[Layer, float]) -> dict[str, Cl
 def predicted_s(machine: Machine, layer: Layer) -> float:
     """What a machine is expected to take for a layer."""
     structure, *shape = layer
-    speeds = machine.dense if structure is None else machine.speeds(structure.kind)
+    speeds = machine.speeds(None if structure is None else structure.kind)
     return speeds.time_s(_operations(structure, *shape))
 
 
@@ -225,7 +224,7 @@ def _layers(
     for rows, cols in shapes:
         modules: dict[Structure | None, nn.Module] = {None: nn.Linear(cols, rows)}
         for method in methods:
-            modules |= {structure: _layer(structure) for structure in _spread(method, rows, cols)}
+            modules |= {structure: random_layer(structure) for structure in _spread(method, rows, cols)}
         for tokens in TOKENS:
             if tokens * rows * cols > 8 * MAX_MACS:
                 continue
@@ -243,7 +242,8 @@ def _spread(method: str, rows: int, cols: int) -> list[Structure]:
     return [menu[i * (len(menu) - 1) // steps] for i in range(min(STRUCTURES, len(menu)))]
 
 
-def _layer(structure: Structure) -> nn.Module:
+def random_layer(structure: Structure) -> nn.Module:
+    """A layer of this structure with random factors and bias, in float32."""
     specs = structure.factor_specs()
     factors = {name: torch.randn(spec.shape) / max(spec.shape) ** 0.5 for name, spec in specs.items()}
     return FactorizedLinear(structure, factors, torch.randn(structure.rows))
@@ -254,7 +254,7 @@ def _run(module: nn.Module, x: torch.Tensor) -> Call:
 
 
 def _operations(structure: Structure | None, rows: int, cols: int, tokens: int) -> tuple[Operation, ...]:
-    return (Gemm(tokens, rows, cols),) if structure is None else tuple(structure.operations(tokens))
+    return dense_operations(rows, cols, tokens) if structure is None else tuple(structure.operations(tokens))
 
 
 def _works(layers: Mapping[Layer, float]) -> dict[tuple[Operation, ...], float]:
@@ -328,11 +328,4 @@ def _about(dtype: str, device: str) -> str:
         return f"{torch.cuda.get_device_name(device)}, {software}"
     threads = torch.get_num_threads()
     kernel = ", with our compiled kernel" if dtype in kernel_state().types else ""
-    return f"{threads} thread{'s' if threads > 1 else ''} of {_processor()}, {software}{kernel}"
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text("utf-8").splitlines() if info.is_file() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, "") or platform.processor() or platform.machine()
+    return f"{threads} thread{'s' if threads > 1 else ''} of {processor()}, {software}{kernel}"

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, final
 
-from compresskit.core.cost import TOKENS
+from compresskit.core.cost import TOKENS, Target
 from compresskit.distill import Objective, objective_from_data
 from compresskit.errors import CompresskitError, OptionError, UnknownNameError
+from compresskit.machines import DEFAULT
 from compresskit.machines import machine as find_machine
 from compresskit.options import option_text, parse_options
 from compresskit.registration import suggestion
@@ -59,10 +60,7 @@ class _Plain:
     def __post_init__(self) -> None:
         if self.calibration < 0:
             raise OptionError(f"calibration is {self.calibration} texts; 0 or more are expected")
-        if self.tokens < 1:
-            raise OptionError(f"tokens are those that the model sees at a time, at least 1; got {self.tokens}")
-        if self.machine is not None:
-            find_machine(self.machine)
+        Target(find_machine(self.machine or DEFAULT), self.tokens)  # both are checked there
         if self.budget not in BUDGETS:
             raise OptionError(f"budget is {self.budget!r}; {' or '.join(BUDGETS)} is expected")
 

@@ -106,7 +106,6 @@ class Plan:
         sites: what is replaced, in the model's order.
         left: weight matrices that stay dense, and why.
         num_params: parameters of the dense model.
-        target: how many tokens on which machine times are expected for.
         coverage: share of them that is in replaceable layers, whether the rules chose them or not.
         gap: proven distance of the budget's loss from the least that the priced structures reach, as a share; None for
             a plan that was read.
@@ -120,12 +119,16 @@ class Plan:
     sites: tuple[PlannedSite, ...]
     left: tuple[Refusal, ...]
     num_params: int
-    target: Target
     coverage: float
     gap: float | None = None
     front: tuple[FrontPoint, ...] = ()
     compared: tuple[tuple[str, float], ...] = ()
     searched: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def target(self) -> Target:
+        """How many tokens on which machine times are expected for."""
+        return self.sites[0].target
 
     @property
     def params_after(self) -> int:
@@ -190,13 +193,12 @@ def site_time_ns(site: Site, structure: Structure | None, target: Target) -> int
 
 @lru_cache(maxsize=1 << 16)
 def _time_ns(rows: int, cols: int, structure: Structure | None, multiplied: int, lookups: int, target: Target) -> int:
-    machine, tokens, seconds = target.machine, target.tokens, 0.0
+    tokens, seconds = target.tokens, 0.0
+    speeds = target.machine.speeds(None if structure is None else structure.kind)
     if structure is None:
-        speeds = machine.dense
         seconds += multiplied and multiplied * speeds.time_s(dense_operations(rows, cols, tokens))
         seconds += lookups and lookups * speeds.time_s(dense_lookup_operations(cols, tokens))
     else:
-        speeds = machine.speeds(structure.kind)
         seconds += multiplied and multiplied * speeds.time_s(structure.operations(tokens))
         seconds += lookups and lookups * speeds.time_s(structure.lookup_operations(tokens))
     return max(round(seconds * 1e9), 1)
@@ -211,9 +213,8 @@ def runs_slower(site: Site, structure: Structure, target: Target) -> bool:
     """
     if site.multiplied == 0:
         return False
-    machine, dense_ns = target.machine, site_time_ns(site, None, target)
-    longer = site_time_ns(site, structure, target) - dense_ns > 1e9 * machine.notable_s * site.multiplied
-    return structure.macs > site.num_params or (longer and dense_ns > 1e9 * machine.tiny_s * site.multiplied)
+    ours_s, dense_s = (site_time_ns(site, s, target) / (1e9 * site.multiplied) for s in (structure, None))
+    return structure.macs > site.num_params or target.machine.is_slower(ours_s, dense_s)
 
 
 def _site_json(planned: PlannedSite) -> dict[str, Any]:
@@ -258,14 +259,14 @@ def plan_from_json(data: Any, model: nn.Module) -> Plan:
     if twice:
         raise PlanError(f"the plan names these sites twice: {', '.join(twice)}")
     rest = [Refusal(s.name, s.num_params, "not in the plan") for s in survey.sites if s.name not in names]
-    return Plan(tuple(planned), (*survey.refusals, *rest), survey.num_params, target, survey.coverage)
+    return Plan(tuple(planned), (*survey.refusals, *rest), survey.num_params, survey.coverage)
 
 
 def _target_from_json(data: Any) -> Target:
     """That of a plan; plans of before had the default."""
     if data is None:
         return Target(machine())
-    if not isinstance(data, Mapping) or not isinstance(tokens := data.get("tokens"), int) or tokens < 1:
+    if not isinstance(data, Mapping) or not isinstance(tokens := data.get("tokens"), int):
         raise PlanError(f"'target' of a plan is an object with 'machine' and a number of 'tokens', got {data!r}")
     try:
         return Target(machine_from_data(data.get("machine"), "'target.machine' of the plan"), tokens)

@@ -213,7 +213,7 @@ def make_plan(
     planned, dense = _sort_picks(picks)
     if not planned:
         raise BudgetError(f"every site would stay dense: {_why_dense(dense, assignment.target)}")
-    plan = Plan(planned, (*assignment.left, *dense), num_params, assignment.target, assignment.coverage, gap, front)
+    plan = Plan(planned, (*assignment.left, *dense), num_params, assignment.coverage, gap, front)
     return Planned(plan, {p.site.name: p.known.analysis for p in priced if p.known.analysis is not None})
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from benchmarks.experiments.roofline import one_structure
 from compresskit.machines import closeness, machine
 from tests.benchmarks.test_readme_tables import line_of, results_of, rows_below
 
@@ -35,16 +36,14 @@ def test_a_gpu_is_expected_to_take_what_it_took():
 
 
 def layer_times(result):
-    import compresskit
-
-    rows, cols = map(int, result["configuration"]["shape"].split("x"))
+    shape = result["configuration"]["shape"]
     times = {}
     for options, by_tokens in result["figures"]["structures"].items():
-        method = compresskit.decomposition("kronecker", dict(option.split("=") for option in options.split(",")))
-        (structure,) = method.menu(rows, cols)
+        structure = one_structure("kronecker", options, shape)
         for tokens, ways in by_tokens.items():
-            times[(structure, rows, cols, int(tokens))] = ways["graph"]["times_s"]["auto"]
-            times[(None, rows, cols, int(tokens))] = ways["graph"]["times_s"]["dense"]
+            size = (structure.rows, structure.cols, int(tokens))
+            times[(structure, *size)] = ways["graph"]["times_s"]["auto"]
+            times[(None, *size)] = ways["graph"]["times_s"]["dense"]
     return times
 
 
