@@ -42,7 +42,7 @@ LEAST = 1e-7
 HOLD = 0.03
 """How hard constants of factorised layers are held at those of dense ones, where nothing measured speaks for others."""
 
-TINY = 1.5
+TINY = 1.3
 """A dense layer on a processor that takes no more than so many calls of nothing is tiny."""
 
 Call = Callable[[], object]

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from compresskit.core.cost import Target
+from compresskit.core.cost import Target, dense_operations
 from compresskit.errors import OptionError, UnknownNameError
 from compresskit.machines import DEFAULT, machine, machine_from_data, machine_text, machine_to_data, machines
 from compresskit.tables import read_tables
@@ -100,3 +100,13 @@ def test_files_are_for_people_to_read():
     text = machine_text(machine("h100"))
     assert "peak_macs_per_s = 4.64e14\n" in text
     assert read_tables(text) == machine_to_data(machine("h100"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("tokens", [1, 16, 128])
+def test_a_layer_of_a_small_model_is_not_tiny(name, tokens):
+    """384 x 384, MiniLM's: it must not become slower unasked."""
+    made = machine(name)
+    dense_s = made.dense.time_s(dense_operations(384, 384, tokens))
+    assert made.is_slower(dense_s + 2 * made.notable_s + 1e-6, dense_s)
+    assert not made.is_slower(dense_s, dense_s)
