@@ -38,7 +38,7 @@ def no_kernel(tmp_path, monkeypatch):
     """An empty cache of compiled kernels, and a process that has not looked into it."""
     monkeypatch.setenv("COMPRESSKIT_CACHE", str(tmp_path / "cache"))
     native_build.library_path.cache_clear()
-    monkeypatch.setattr(kernel, "_ops", None)
+    monkeypatch.setattr(kernel, "_calls", None)
     monkeypatch.setattr(kernel, "_looked", False)
     yield tmp_path / "cache"
     native_build.library_path.cache_clear()

@@ -153,9 +153,14 @@ class FactorizedLinear(FactorizedModule):
 
     def _by_kernel(self, x: Tensor, dtype: torch.dtype, native: Native) -> Tensor | None:
         """The same by the compiled kernel, where no factor has to be called."""
-        factors = [tensor for name in native.factors if (tensor := plain_matrix(self._own(name))) is not None]
-        if len(factors) < len(native.factors):
-            return None
+        factors = []
+        for name in native.factors:
+            tensor: Tensor | None = self._parameters.get(name)
+            if type(tensor) is not nn.Parameter:
+                tensor = plain_matrix(self._own(name))
+                if tensor is None:
+                    return None
+            factors.append(tensor)
         return kernel.chain(x, dtype, factors, native, self._own("bias"), self._by_pytorch)
 
     def _by_pytorch(self, x: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ backward; in a compiled model that is not trained it is one operation. Everythin
 devices, transformations, exports.
 """
 
+import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -139,13 +140,32 @@ def swap(rows: int, cols: int) -> Plan:
 
 
 @final
+@dataclass(frozen=True)
+class Calls:
+    """What the kernel can be asked to do.
+
+    Args:
+        chain: an operation of PyTorch, for compilers and all that looks on.
+        backward: its way back.
+        now: the same as `chain`, for a call from Python where nothing looks on.
+        is_bare: whether a tensor is one on the processor, no subclass, and neither autocast nor anything else looks on.
+    """
+
+    chain: Callable[..., Tensor]
+    backward: Callable[..., list[Tensor]]
+    now: Callable[..., Tensor]
+    is_bare: Callable[[Tensor], bool]
+
+
+@final
 class Kernel:
     """The kernel of this process: loaded when it is first asked for, if there is one."""
 
     def __init__(self) -> None:
         self.allowed = True
         """`use_kernels` says so."""
-        self._ops: Any = None
+        self._calls: Calls | None = None
+        self._module: Any = None  # of calls from Python
         self.types: tuple[torch.dtype, ...] = ()
         """That it computes in on this processor, once it is loaded."""
         self._looked = False
@@ -154,7 +174,12 @@ class Kernel:
     def loaded(self) -> bool:
         """Whether there is one; looks for it the first time."""
         self.look()
-        return self._ops is not None
+        return self._calls is not None
+
+    @property
+    def direct(self) -> bool:
+        """Whether calls from Python do without PyTorch's dispatcher; so where Python's headers were there."""
+        return self._module is not None
 
     def look(self) -> None:
         """Load it if there is one, the first time."""
@@ -178,24 +203,31 @@ class Kernel:
             except OSError as error:
                 warnings.warn(f"layers run without the compiled kernel, which cannot be loaded: {error}", stacklevel=2)
                 return
+            self._module = _module(path)
             torch.library.register_fake("compresskit::chain", _chain_of_shapes)
         ops = torch.ops.compresskit
         self.types = (torch.float32, torch.bfloat16) if ops.half_products.default() else (torch.float32,)
-        self._ops, self._looked = (ops.chain.default, ops.chain_backward.default), True
+        chain, backward = ops.chain.default, ops.chain_backward.default
+        module = self._module
+        now, is_bare = (module.chain, module.is_bare) if module else (chain, _unknown)
+        self._calls = Calls(chain, backward, now, is_bare)
+        self._looked = True
 
     def takes(self, x: Tensor) -> torch.dtype | None:
         """The type in which it may compute from this input now, autocast's where that is on.
 
         None where a transformation, an export or a mode looks on, and for types and devices that it does not know.
         """
-        if not self.allowed or (self._ops is None and not self.loaded) or not x.is_cpu or type(x) is not Tensor:
+        if not self.allowed or (self._calls is None and not self.loaded):
             return None
-        dtype = narrow_type(x) if torch.is_autocast_enabled("cpu") else x.dtype
-        if dtype not in self.types:
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self._calls is not None and self._calls.is_bare(x):
+            dtype = x.dtype
+        elif (torch.compiler.is_exporting() if compiling else _is_watched()) or not x.is_cpu or type(x) is not Tensor:
             return None
-        if torch.compiler.is_compiling():
-            return None if torch.compiler.is_exporting() else dtype
-        return None if torch._C._get_tracing_state() is not None or _is_watched() else dtype
+        else:
+            dtype = narrow_type(x) if torch.is_autocast_enabled("cpu") else x.dtype
+        return dtype if dtype in self.types else None
 
     def chain(
         self,
@@ -225,12 +257,12 @@ class Kernel:
             return None
         if dtype is not torch.float32 and not native.takes_half(x.numel() // max(x.shape[-1], 1), training=training):
             return None
+        if self._calls is None:
+            return None
         x = x if x.dtype is dtype else x.to(dtype)
-        y: Tensor
-        if training:
-            y = _Chain.apply(self._ops, native, product, x, bias, *factors)  # type: ignore[no-untyped-call]
-        else:
-            y = _forward(self._ops, native, x, bias, factors)
+        if not training:
+            return _forward(self._calls, native, x, bias, factors)
+        y: Tensor = _Chain.apply(self._calls, native, product, x, bias, *factors)  # type: ignore[no-untyped-call]
         return y
 
 
@@ -250,11 +282,11 @@ class _Chain(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, ops: Any, native: Native, product: Product, x: Tensor, bias: Tensor | None, *factors: Tensor
+        ctx: Any, calls: Calls, native: Native, product: Product, x: Tensor, bias: Tensor | None, *factors: Tensor
     ) -> Tensor:
-        ctx.ops, ctx.native, ctx.product = ops, native, product
+        ctx.calls, ctx.native, ctx.product = calls, native, product
         ctx.save_for_backward(x, bias, *factors)
-        return _forward(ops, native, x, bias, factors)
+        return _forward(calls, native, x, bias, factors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -266,7 +298,7 @@ class _Chain(torch.autograd.Function):
         order = ctx.native.order
         turned = [factors[i].to(x.dtype) for i in order]
         wanted = (*needs[:2], *(needs[2 + i] for i in order))
-        found = ctx.ops[1](grad, x, turned, ctx.native.way_back(x.dtype), wanted)
+        found = ctx.calls.backward(grad, x, turned, ctx.native.way_back(x.dtype), wanted)
         gradients = [*found[:2], *(found[2 + order.index(i)] for i in range(len(order)))]
         like = zip(gradients, (x, bias, *factors), needs, strict=True)
         return None, None, None, *(value.to(tensor.dtype) if need else None for value, tensor, need in like)
@@ -281,18 +313,34 @@ def _derived(product: Product, grad: Tensor, inputs: Sequence[Tensor | None], ne
     return [next(found) if need else None for need in needs]
 
 
-def _forward(ops: Any, native: Native, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]) -> Tensor:
+def _forward(calls: Calls, native: Native, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]) -> Tensor:
     """The chain of x; under autocast the parameters of a layer are wider than it is."""
     if factors[0].dtype is not x.dtype and torch.is_autocast_enabled("cpu"):
         factors, bias = [factor.to(x.dtype) for factor in factors], None if bias is None else bias.to(x.dtype)
-    y: Tensor = ops[0](x, factors, native.plan, bias)
-    return y
+    seen = torch.compiler.is_compiling() or torch._C._is_torch_function_mode_enabled()
+    return (calls.chain if seen else calls.now)(x, factors, native.plan, bias)
+
+
+def _module(path: Path) -> Any:
+    """The functions of a compiled kernel for calls from Python; None where it has none."""
+    spec = importlib.util.spec_from_file_location("compresskit_chain", path)
+    assert spec is not None
+    try:
+        return importlib.util.module_from_spec(spec)
+    except ImportError:
+        return None
+
+
+def _unknown(_: Tensor) -> bool:
+    """`Calls.is_bare` where nobody can say it in one call."""
+    return False
 
 
 def _is_watched() -> bool:
     """Whether PyTorch derives, transforms, counts or records what its own operations do."""
     return bool(
-        torch._C._len_torch_dispatch_stack() != 0
+        torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() != 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
     )

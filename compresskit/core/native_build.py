@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from dataclasses import dataclass
 from functools import cache
@@ -23,7 +24,7 @@ from compresskit.core.native import kernel
 from compresskit.errors import KernelError
 
 SOURCE = Path(__file__).with_name("native.cpp")
-INCLUDED = (SOURCE.with_name("native_half.hpp"), SOURCE.with_name("native_half_backward.hpp"))
+INCLUDED = tuple(SOURCE.with_name(f"native_{part}.hpp") for part in ("products", "half", "half_backward", "python"))
 COMPILERS = ("c++", "g++", "clang++")
 TIMEOUT_S = 300
 
@@ -39,7 +40,7 @@ def cache_folder() -> Path:
 def library_path() -> Path:
     """The compiled kernel for this source, this version of PyTorch and this processor; it need not exist."""
     code = [path.read_text("utf-8") for path in (SOURCE, *INCLUDED)]
-    said = [*code, torch.__version__, sys.platform, _processor()]
+    said = [*code, torch.__version__, sys.platform, sys.implementation.cache_tag, str(_python_headers()), _processor()]
     key = hashlib.sha256("\n".join(said).encode()).hexdigest()[:16]
     return cache_folder() / f"chain-{key}.so"
 
@@ -61,18 +62,21 @@ class KernelState:
         compiler: that would compile it; None without one.
         types: that it computes in, `float32` and, where the processor has units for it, `bfloat16`; none while there is
             no kernel.
+        direct: whether calls of it do without PyTorch's dispatcher, some microseconds less for each layer: so where
+            Python's headers were there when it was compiled.
     """
 
     built: bool
     path: Path
     compiler: str | None
     types: tuple[str, ...] = ()
+    direct: bool = False
 
 
 def kernel_state() -> KernelState:
     """Whether layers on this processor have their compiled kernel."""
     types = tuple(str(dtype).removeprefix("torch.") for dtype in kernel.types) if kernel.loaded else ()
-    return KernelState(kernel.loaded, library_path(), compiler(), types)
+    return KernelState(kernel.loaded, library_path(), compiler(), types, kernel.loaded and kernel.direct)
 
 
 def kernel_advice(model: nn.Module, device: torch.device) -> str | None:
@@ -85,7 +89,7 @@ def kernel_advice(model: nn.Module, device: torch.device) -> str | None:
 
 
 def build_kernels(*, force: bool = False) -> Path:
-    """Compile the kernel for layers on a processor and use it from now on, in later processes, too. Takes 10 to 20 s.
+    """Compile the kernel for layers on a processor and use it from now on, in later processes, too: half a minute.
 
     With it, Kronecker, SVD, Tucker and tensor-train layers in float32 take fewer calls and less memory traffic: the
     smaller the layer and the fewer the tokens, the more it gains (README, Speed); in bfloat16, where the processor has
@@ -131,9 +135,17 @@ def _compile(path: Path) -> None:
         raise KernelError(f"the kernel cannot be written to {path.parent}: {error.strerror or error}") from error
 
 
+def _python_headers() -> Path | None:
+    """Those of this Python, with which calls take less; not everyone has them."""
+    folder = Path(sysconfig.get_path("include"))
+    return folder if (folder / "Python.h").is_file() else None
+
+
 def _command(found: str, made: Path) -> list[str]:
     root = Path(torch.__file__).parent
-    headers = (root / "include", root / "include" / "torch" / "csrc" / "api" / "include")
+    headers = [root / "include", root / "include" / "torch" / "csrc" / "api" / "include"]
+    python = _python_headers()
+    headers += [python] if python else []
     target = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
     return [
         *(found, "-std=c++20", "-O3", target, "-fPIC", "-shared"),
@@ -142,6 +154,7 @@ def _command(found: str, made: Path) -> list[str]:
         *(part for folder in headers for part in ("-isystem", str(folder))),
         *(str(SOURCE), "-o", str(made)),
         *(f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}", "-ltorch_cpu", "-lc10"),
+        *(("-DCOMPRESSKIT_PYTHON", "-ltorch_python") if python else ()),
     ]
 
 

@@ -1,5 +1,6 @@
 """`compresskit kernels`: compile what makes layers on a processor faster, or say whether it is there."""
 
+import dataclasses
 import json
 
 import click
@@ -23,17 +24,21 @@ def command(build: bool, force: bool, as_json: bool) -> None:
     from compresskit_cli import render
 
     if build:
-        with render.waiting("Compiling the kernel: 10 to 20 seconds"):
+        with render.waiting("Compiling the kernel: about half a minute"):
             build_kernels(force=force)
     state = kernel_state()
     if as_json:
-        said = {"built": state.built, "path": str(state.path), "compiler": state.compiler, "types": state.types}
-        click.echo(json.dumps(said, indent=1))
+        click.echo(json.dumps({**dataclasses.asdict(state), "path": str(state.path)}, indent=1))
     elif state.built:
         render.say(f"The kernel for this machine and this version of PyTorch is there and used: {state.path}")
         render.say(
             f"It computes in {' and '.join(state.types)}; layers of other types run by PyTorch's own operations."
         )
+        if not state.direct:
+            render.say(
+                "A call takes some microseconds more than it need, for want of this Python's headers (Debian: apt install "
+                "python3-dev); with them, compresskit kernels --build makes it anew."
+            )
     else:
         how = f"with {state.compiler}" if state.compiler else "once a C++ compiler (g++, clang++) is installed"
         render.say(

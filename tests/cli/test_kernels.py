@@ -21,6 +21,7 @@ def test_it_is_compiled_once_and_then_there(cli: Cli, no_kernel: Path) -> None:
     assert (outcome.status, outcome.err) == (0, "")
     found = json.loads(outcome.out)
     types = found.pop("types")
+    assert found.pop("direct") is (native_build._python_headers() is not None)
     assert types in (["float32"], ["float32", "bfloat16"])
     assert found == {"built": True, "path": str(native_build.library_path()), "compiler": native_build.compiler()}
     made = Path(found["path"]).stat().st_mtime_ns

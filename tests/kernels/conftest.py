@@ -1,5 +1,7 @@
 """The compiled kernel for processors, made once for the tests that use it; all others run without it."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -17,16 +19,16 @@ def kernel_folder(tmp_path_factory):
         patch.setenv("COMPRESSKIT_CACHE", str(folder))
         native_build.library_path.cache_clear()
         native_build.build_kernels()
-        ops = kernel._ops
+        calls = kernel._calls
     native_build.library_path.cache_clear()
-    kernel._ops = None
-    return folder, ops
+    kernel._calls = None
+    return folder, calls
 
 
 @pytest.fixture
 def native(kernel_folder, monkeypatch):
     """The names of what the kernel computes, one after the other."""
-    folder, ops = kernel_folder
+    folder, given = kernel_folder
     monkeypatch.setenv("COMPRESSKIT_CACHE", str(folder))
     native_build.library_path.cache_clear()
     calls = []
@@ -38,7 +40,9 @@ def native(kernel_folder, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(kernel, "_ops", tuple(map(counted, ("forward", "backward"), ops)))
+    names = {"chain": "forward", "now": "forward", "backward": "backward"}
+    counts = {field: counted(name, getattr(given, field)) for field, name in names.items()}
+    monkeypatch.setattr(kernel, "_calls", dataclasses.replace(given, **counts))
     monkeypatch.setattr(kernel, "_looked", True)
     yield calls
     native_build.library_path.cache_clear()

@@ -117,7 +117,7 @@ def test_many_gradients_are_added_up_by_all_threads_together(kernel_folder):
     upstream = torch.randn(300, 4200)
     plan, names = structure._form._ordered(wide_first=True)
     factors = layer.factors()
-    x_grad, _, *found = kernel_folder[1][1](upstream, x, [factors[name] for name in names], plan, (1, 0, 1, 1))
+    x_grad, _, *found = kernel_folder[1].backward(upstream, x, [factors[name] for name in names], plan, (1, 0, 1, 1))
     wanted = gradients(layer.double(), x.double(), upstream.double())
     by_name = dict(zip(factors, wanted[1:], strict=True))
     assert error(x_grad, wanted[0]) < 1e-6
@@ -226,11 +226,11 @@ def test_it_is_one_operation_of_a_compiled_layer(dynamic, native):
 def test_a_compiler_knows_what_it_gives(kernel_folder):
     x, factors = torch.randn(2, 3, 20), [torch.randn(3, 5), torch.randn(7, 4)]
     plan = (1, 5, 3, 4, 0, 3, 4, 7, 2, 3, 7, 0)
-    torch.library.opcheck(kernel_folder[1][0], (x, factors, plan, torch.randn(21)))
+    torch.library.opcheck(kernel_folder[1].chain, (x, factors, plan, torch.randn(21)))
     for steps in (plan, plan[:8], plan[:4]):
         given = factors[: len(steps) // 4]
         shape = torch.ops.compresskit.chain.default(x.to("meta"), [f.to("meta") for f in given], steps, None).shape
-        assert shape == kernel_folder[1][0](x, given, steps, None).shape
+        assert shape == kernel_folder[1].chain(x, given, steps, None).shape
 
 
 @pytest.mark.parametrize(
@@ -247,8 +247,9 @@ def test_a_compiler_knows_what_it_gives(kernel_folder):
 )
 def test_a_plan_that_does_not_fit_is_refused(shape, factors, plan, bias, match, kernel_folder):
     given = [torch.randn(size) for size in factors]
-    with pytest.raises(RuntimeError, match=match):
-        kernel_folder[1][0](torch.randn(shape), given, plan, None if bias is None else torch.randn(bias))
+    for call in (kernel_folder[1].chain, kernel_folder[1].now):
+        with pytest.raises(RuntimeError, match=match):
+            call(torch.randn(shape), given, plan, None if bias is None else torch.randn(bias))
 
 
 LATER = """
@@ -285,7 +286,7 @@ def later(folder, script=LATER):
 
 
 def test_gradients_that_do_not_fit_are_refused(kernel_folder):
-    backward, x, factor = kernel_folder[1][1], torch.randn(3, 20), torch.randn(6, 20)
+    backward, x, factor = kernel_folder[1].backward, torch.randn(3, 20), torch.randn(6, 20)
     with pytest.raises(RuntimeError, match="needs of input, bias and factors"):
         backward(torch.randn(3, 6), x, [factor], (0, 1, 20, 6), (1, 1))
     with pytest.raises(RuntimeError, match="a gradient of 3 tokens"):
@@ -309,9 +310,9 @@ def test_training_says_what_would_make_it_faster(kernel_folder, no_kernel, monke
     assert native_build.kernel_advice(model, cuda) is native_build.kernel_advice(others, cpu) is None
     with compresskit.use_kernels("pytorch"):
         assert native_build.kernel_advice(model, cpu) is None  # not wanted
-    monkeypatch.setattr(kernel, "_ops", kernel_folder[1])
+    monkeypatch.setattr(kernel, "_calls", kernel_folder[1])
     assert native_build.kernel_advice(model, cpu) is None  # there
-    monkeypatch.setattr(kernel, "_ops", None)
+    monkeypatch.setattr(kernel, "_calls", None)
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert native_build.kernel_advice(model, cpu) is None  # cannot be
 

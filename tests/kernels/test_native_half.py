@@ -129,7 +129,7 @@ def test_steps_in_any_order(steps, tokens, half):
 
 
 def test_both_sides_call_the_same_rows_few():
-    assert f"FEW_ROWS = {HALF_FEW};" in INCLUDED[0].read_text("utf-8")
+    assert f"FEW_ROWS = {HALF_FEW};" in "".join(path.read_text("utf-8") for path in INCLUDED)
 
 
 def test_factors_that_no_cache_holds_are_left_to_pytorch_from_some_tokens_on():
