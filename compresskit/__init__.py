@@ -27,6 +27,7 @@ from compresskit.decompositions.kronecker import Kronecker
 from compresskit.decompositions.svd import SVD
 from compresskit.errors import CompresskitError
 from compresskit.hub import dequantize_
+from compresskit.memory import keep_freed_memory
 from compresskit.options import describe_options
 from compresskit.surgery.apply import Report
 from compresskit.surgery.layout import install_, layout_of
@@ -71,6 +72,7 @@ __all__ = [
     "describe_options",
     "find_sites",
     "install_",
+    "keep_freed_memory",
     "kernel_advice",
     "kernel_state",
     "layout_of",

@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     from compresskit.tasks import OnTrainProgress, TrainProgress
 
 
+def begin_training() -> None:
+    """Before a model is opened to be trained: no progress bars but ours, and freed memory is kept for the next step."""
+    from compresskit import keep_freed_memory
+
+    keep_freed_memory()
+    quiet()
+
+
 def quiet() -> None:
     """No progress bars but ours."""
     import datasets

@@ -16,6 +16,7 @@ MAX_LINES = 400
 LAYERS = {
     "errors": set(),
     "version": set(),
+    "memory": set(),
     "options": {"errors"},
     "registration": {"errors", "options"},
     "core": {"errors", "options", "registration"},

@@ -61,7 +61,7 @@ def command(
     from compresskit.recipes import preset as find
     from compresskit.tasks import is_first
     from compresskit_cli import render
-    from compresskit_cli.training import quiet, run_folder, spare_model, stage_bars
+    from compresskit_cli.training import begin_training, run_folder, spare_model, stage_bars
 
     choice = TaskChoice(**{name: options.pop(name) for name in TaskChoice.__dataclass_fields__})
     task = None if choice.task is None and choice.kind is None else choice.chosen()
@@ -72,7 +72,7 @@ def command(
     for model in (teacher, *models.values()):
         if model is not None:
             spare_model(model, output)
-    quiet()
+    begin_training()
     run = run_folder(output, resume=resume, force=force)
     try:
         with stage_bars() as on_progress:

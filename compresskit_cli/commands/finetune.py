@@ -44,13 +44,13 @@ def command(
     """
     from compresskit.hub import check_output
     from compresskit.tasks import TrainSettings, is_first
-    from compresskit_cli.training import quiet, run_folder, spare_model
+    from compresskit_cli.training import begin_training, run_folder, spare_model
 
     choice = TaskChoice(**{name: options.pop(name) for name in TaskChoice.__dataclass_fields__})
     task, settings = choice.chosen(), TrainSettings(**options)
     check_output(output, force=force)
     spare_model(model, output)
-    quiet()
+    begin_training()
     run = run_folder(output, resume=resume, force=force)
     result = _train(model, task, data, run, settings, revision=revision, max_length=max_length, resume=resume)
     if not is_first():

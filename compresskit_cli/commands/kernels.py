@@ -36,7 +36,7 @@ def command(build: bool, force: bool, as_json: bool) -> None:
         )
         if not state.direct:
             render.say(
-                "A call takes some microseconds more than it need, for want of this Python's headers (Debian: apt install "
+                "A call takes some microseconds more than it need, for want of Python's headers (Debian: apt install "
                 "python3-dev); with them, compresskit kernels --build makes it anew."
             )
     else:

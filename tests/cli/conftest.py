@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+import compresskit
 from compresskit_cli import render
 from compresskit_cli.app import run
 from tests.models import build
@@ -36,6 +37,14 @@ class Outcome:
 
 Cli = Callable[..., Outcome]
 Fails = Callable[..., Outcome]
+
+
+@pytest.fixture(autouse=True)
+def kept(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """One entry for each command that would have had this process, the tests', keep its freed memory."""
+    asked: list[bool] = []
+    monkeypatch.setattr(compresskit, "keep_freed_memory", lambda: asked.append(True) is None)
+    return asked
 
 
 @pytest.fixture

@@ -30,9 +30,10 @@ def place(work: Path, base: Path, teacher: Path, reviews: Path, text: Path) -> P
     return work
 
 
-def test_a_student_is_made_from_text_and_task(cli: Cli, place: Path) -> None:
+def test_a_student_is_made_from_text_and_task(cli: Cli, place: Path, kept: list[bool]) -> None:
     made = cli(*ASKED, "--base", "base", "--corpus", "text", *SHORT, "-o", "student", "--json")
     assert made.status == 0, made.err
+    assert kept == [True]
     found = made.json()
     assert [stage["name"] for stage in found["stages"]] == ["corpus", "task"]
     assert found["ratio"] == pytest.approx(found["teacher_parameters"] / found["parameters"])

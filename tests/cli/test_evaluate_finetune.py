@@ -86,12 +86,13 @@ def test_a_teacher_is_made_compressed_trained_again_and_compared(cli: Cli, place
     assert result["examples_per_s"] > 0
 
 
-def test_the_screen_shows_metrics_and_agreement(cli: Cli, place: Path, teacher: Path) -> None:
+def test_the_screen_shows_metrics_and_agreement(cli: Cli, place: Path, teacher: Path, kept: list[bool]) -> None:
     shown = cli("evaluate", teacher, "--task", "sst2", "--data", "data", "--against", teacher, "--limit", "5")
     assert shown.status == 0, shown.err
     assert "sst2, dev, 5 examples" in shown.out
     assert "accuracy" in shown.out
     assert "Agreement of the two: same predictions 1.0000." in shown.out
+    assert not kept  # nothing is trained
 
 
 def test_one_s_own_data_is_a_task(cli: Cli, place: Path) -> None:
