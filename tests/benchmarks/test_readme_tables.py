@@ -210,22 +210,24 @@ def by_teacher(result):
 
 
 def taught_rows(results):
-    """One row for each task, what was learnt before, ratio and length of training; one column for each preset."""
+    """One row for each task, what was learnt before, ratio, length of training and examples; a column for each preset."""
     found = {}
     for result in results:
         configuration, figures = result["configuration"], result["figures"]
         primary = figures["primary"]
         longer = "corpus.max_steps=800" in configuration["settings"]
         before = configuration.get("before", "")
-        key = (TASKS.index(configuration["task"]), before, configuration["ratio"], not longer)
+        altered = "task.altered_copies" in " ".join(configuration["settings"])
+        key = (TASKS.index(configuration["task"]), before, configuration["ratio"], not longer, altered)
         row = found.setdefault(key, {"metric": primary, "teacher": figures["teacher"][primary]})
         options = (figures.get("compress") or {}).get("options", {})
         full = bool(options.get("full_rank")) or "compress.options.full_rank=true" in configuration["settings"]
         preset = configuration["preset"].replace("svd-balanced-kd", "svd-kd")  # the rows of svd-kd are balanced, too
         row[preset + ", full rank" * full] = f"{figures['metrics'][primary]:.3f} ({figures['kept']:.1%})"
     rows = []
-    for (task, before, ratio, short), row in sorted(found.items()):
+    for (task, before, ratio, short, altered), row in sorted(found.items()):
         first = TASKS[task] + (f" after {before}" if before else "") + f", {ratio:g}" + ("" if short else ", longer")
+        first += ", altered" * altered
         cells = [first, row["metric"], f"{row['teacher']:.3f}", *(row.get(preset, "") for preset in TAUGHT)]
         rows.append(line_of(cells))
     return rows
