@@ -1,5 +1,6 @@
 """`python -m benchmarks`: run the experiments of a suite, report what they measured, list what there is."""
 
+import difflib
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from functools import wraps
@@ -57,7 +58,12 @@ def run(
     every = read_suite(suite, suites)
     entries = [entry for entry in every if fnmatchcase(entry.name, only)]
     if not entries:
-        raise click.UsageError(f"--only {only!r} matches none of {', '.join(entry.name for entry in every)}")
+        near = difflib.get_close_matches(only, [entry.name for entry in every], n=5, cutoff=0.4)
+        hint = f"; the nearest are {', '.join(near)}" if near else ""
+        raise click.UsageError(
+            f"--only {only!r} matches none of the {len(every)} experiments of {suite}{hint}. "
+            "`python -m benchmarks list` prints all"
+        )
     if data is not None and not (data / STS_B).exists():
         raise click.UsageError(f"the folder of --data has no {STS_B.as_posix()}")
     try:
