@@ -86,6 +86,19 @@ def step_row(result):
     )
 
 
+def memory_row(result):
+    figures = result["figures"]
+    over = [figures[f"{what}_over_{how}"] for what in ("time", "peak") for how in ("small", "system")]
+    return line_of([result["configuration"]["dtype"], *(f"{value:.2f}" for value in over)])
+
+
+def test_what_becomes_of_memory():
+    results = [result for result in results_of("distill") if result["configuration"]["kind"] == "distill-memory"]
+    assert results
+    found = rows_below("A step of distillation", ("bfloat16", "float32"))
+    assert sorted(found) == sorted(map(memory_row, results))
+
+
 def test_steps_of_distillation():
     results = [result for result in results_of("distill") if result["configuration"].get("kernel") == "compiled"]
     assert results

@@ -210,7 +210,7 @@ def by_teacher(result):
 
 
 def taught_rows(results):
-    """One row for each task, what was learnt before, ratio, length of training and examples; a column for each preset."""
+    """One row for each task, what was learnt before, ratio, length and examples; one column for each preset."""
     found = {}
     for result in results:
         configuration, figures = result["configuration"], result["figures"]
