@@ -13,8 +13,8 @@ def keep_freed_memory() -> bool:
     """Have the C library keep what is freed, for the rest of this process; whether it can be told, which is glibc.
 
     By itself it gives large blocks back, and every tensor of every step is fresh memory, whose pages the system clears
-    one by one: a step of distillation on a processor then takes 1.17 times as long (benchmarks/README.md, A step of
-    distillation). `compresskit distill` and `finetune` call this; peaks grow by a tenth. Other allocators (jemalloc,
+    one by one: a step of distillation on a processor then takes 1.17 times as long (benchmarks/README.md, Memory in
+    training). `compresskit distill` and `finetune` call this; peaks grow by a tenth. Other allocators (jemalloc,
     tcmalloc) keep it anyway.
     """
     if not sys.platform.startswith("linux"):

@@ -93,6 +93,11 @@ class Native:
         back = [side for kind, _, *sides in _steps(self.way_back(torch.bfloat16)) if kind == LAST for side in sides]
         return all(side % 2 == 0 for side in (*there, *back))
 
+    @cached_property
+    def half_ever(self) -> bool:
+        """Whether any number of tokens in bfloat16 is for the kernel, trained or not."""
+        return self._fits or self.takes_half(1, training=True)
+
     def takes_half(self, tokens: int, *, training: bool = False) -> bool:
         """Whether so many tokens in bfloat16 are for the kernel.
 

@@ -95,7 +95,7 @@ def memory_row(result):
 def test_what_becomes_of_memory():
     results = [result for result in results_of("distill") if result["configuration"]["kind"] == "distill-memory"]
     assert results
-    found = rows_below("A step of distillation", ("bfloat16", "float32"))
+    found = rows_below("Memory in training", ("bfloat16", "float32"))
     assert sorted(found) == sorted(map(memory_row, results))
 
 

@@ -128,6 +128,22 @@ def test_steps_in_any_order(steps, tokens, half):
     assert error(found, wanted + bias.double()) < 3 * ROUNDED
 
 
+def test_what_is_never_taken_is_known_before(half):
+    counts = (1, 2, HALF_FEW, HALF_FEW + 1, 300, 5000)
+    found = {
+        structure.native.half_ever: structure
+        for structure in (*KRONECKER, *CHAINS, LowRank(96, 72, 44))
+        if structure.native is not None
+        and structure.native.half_ever
+        == any(structure.native.takes_half(count, training=way) for count in counts for way in (True, False))
+    }
+    assert set(found) == {True, False}
+    layer, x = layer_of(LowRank(96, 72, 44), HALF), torch.randn(9, 72).to(HALF)
+    with torch.inference_mode():
+        assert error(layer(x), exact(layer, x)) < 3 * ROUNDED
+    assert not half
+
+
 def test_both_sides_call_the_same_rows_few():
     assert f"FEW_ROWS = {HALF_FEW};" in "".join(path.read_text("utf-8") for path in INCLUDED)
 
