@@ -27,8 +27,8 @@ def check_options(cls: type) -> None:
             raise OptionError(f"option {name!r} of {cls.__qualname__} has type {hint}, which has no text form")
 
 
-def parse_options(cls: type[D], options: Mapping[str, str]) -> D:
-    """`cls` with its options read from text.
+def parse_options(cls: type[D], options: Mapping[str, Any]) -> D:
+    """`cls` with its options read from text, or from values as they are.
 
     Raises:
         UnknownNameError: an option that `cls` does not have.
@@ -41,12 +41,13 @@ def parse_options(cls: type[D], options: Mapping[str, str]) -> D:
             raise UnknownNameError(
                 f"{getattr(cls, 'name', cls.__name__)} has no option {name!r}; its options: {listed}"
             )
-    return cls(**{name: _parse(text, known[name], name) for name, text in options.items()})
+    texts = {name: value if isinstance(value, str) else option_text(value) for name, value in options.items()}
+    return cls(**{name: _parse(text, known[name], name) for name, text in texts.items()})
 
 
 def option_text(value: Any) -> str:
     """The text that `parse_options` reads back as `value`."""
-    if isinstance(value, tuple):
+    if isinstance(value, (tuple, list)):
         return "x".join(str(item) for item in value)
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 

@@ -44,6 +44,21 @@ def test_options_survive_their_text_form(options):
     assert parse_options(Options, text) == options
 
 
+@given(values)
+def test_options_may_be_values_as_they_are(options):
+    given_values = {name: getattr(options, name) for name in option_types(Options)}
+    assert parse_options(Options, given_values) == options
+    assert parse_options(Options, {**given_values, "pair": list(options.pair)}) == options
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("count", 2.5), ("fast", 1), ("pair", (2,)), ("pair", 2), ("side", None), ("limit", [1, 2])]
+)
+def test_a_value_of_another_kind_is_refused(name, value):
+    with pytest.raises(OptionError, match=f"option '{name}' takes"):
+        parse_options(Options, {name: value})
+
+
 def test_options_that_are_not_given_keep_their_defaults():
     assert parse_options(Options, {"count": "7"}) == Options(count=7)
 

@@ -69,8 +69,8 @@ def decompositions() -> Mapping[str, type[Decomposition]]:
     return dict(sorted(_decompositions.items()))
 
 
-def decomposition(name: str, options: Mapping[str, str] | None = None) -> Decomposition:
-    """The decomposition of this name with options given as text, as on the command line.
+def decomposition(name: str, options: Mapping[str, Any] | None = None) -> Decomposition:
+    """The decomposition of this name with options given as text, as on the command line, or as values.
 
     Raises:
         UnknownNameError: no such decomposition or option; names the nearest one.

@@ -241,6 +241,11 @@ def _covers(p: int, r: int, rows: int) -> bool:
     return max(p * (r - 1), (p - 1) * r) < rows <= p * r
 
 
+def _are_sizes(side: object) -> bool:
+    numbers = isinstance(side, tuple) and all(isinstance(size, int) and size >= 1 for size in side)
+    return numbers and len(side) == 2  # type: ignore[arg-type]
+
+
 @register
 @final
 @dataclass(frozen=True)
@@ -276,8 +281,10 @@ class Kronecker(Decomposition):
         if self.rounds < 0:
             raise OptionError(f"rounds is a number of rounds of a weighted fit, at least 0; got {self.rounds}")
         for side in (self.left, self.right):
-            if side is not None and min(side) < 1:
-                raise OptionError(f"the sizes of a Kronecker factor are at least 1; got {side}")
+            if side is not None and not _are_sizes(side):
+                raise OptionError(
+                    f"the sizes of a Kronecker factor are two integers from 1 on, as (2, 2); got {side!r}"
+                )
 
     def menu(self, rows: int, cols: int, *, lookup: bool = False) -> Iterable[Structure]:
         offered = self._fixed(rows, cols) if self.left or self.right else self._offered(rows, cols, lookup=lookup)
