@@ -101,5 +101,8 @@ def test_one_token_of_any_width(ins, outs, bias, kernel_folder):
     x, right, left = torch.randn(1, 19), torch.randn(ins, 19), torch.randn(outs, ins)
     added = torch.randn(outs) if bias else None
     y = kernel_folder[1].now(x, [right, left], (0, 1, 19, ins, 0, 1, ins, outs), added)
-    wanted = x.double() @ right.T.double() @ left.T.double() + (added.double() if bias else 0)
-    assert error(y, wanted) < 1e-6
+    wanted, most = (
+        each(x.double()) @ each(right.T.double()) @ each(left.T.double()) + (each(added.double()) if bias else 0)
+        for each in (torch.Tensor.clone, torch.abs)
+    )
+    assert float((y - wanted).norm() / most.norm()) < 3e-7  # sums may cancel out
