@@ -228,7 +228,7 @@ class Kernel:
         compiling = torch.compiler.is_compiling()
         if not compiling and self._calls is not None and self._calls.is_bare(x):
             dtype = x.dtype
-        elif (torch.compiler.is_exporting() if compiling else _is_watched()) or not x.is_cpu or type(x) is not Tensor:
+        elif type(x) is not Tensor or not x.is_cpu or (torch.compiler.is_exporting() if compiling else _is_watched()):
             return None
         else:
             dtype = narrow_type(x) if torch.is_autocast_enabled("cpu") else x.dtype
