@@ -1,9 +1,11 @@
 """The compiled kernel for processors, made once for the tests that use it; all others run without it."""
 
 import dataclasses
+import os
 
 import pytest
 import torch
+from filelock import FileLock
 
 from compresskit.core import native_build
 from compresskit.core.native import kernel
@@ -11,11 +13,12 @@ from compresskit.core.native import kernel
 
 @pytest.fixture(scope="session")
 def kernel_folder(tmp_path_factory):
-    """A cache that holds the compiled kernel."""
+    """A cache that holds the compiled kernel, one for all processes that test."""
     if native_build.compiler() is None:
         pytest.skip("the kernel needs a C++ compiler: apt install g++")
-    folder = tmp_path_factory.mktemp("kernels")
-    with pytest.MonkeyPatch.context() as patch:
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "kernels"
+    with FileLock(f"{folder}.lock"), pytest.MonkeyPatch.context() as patch:
         patch.setenv("COMPRESSKIT_CACHE", str(folder))
         native_build.library_path.cache_clear()
         native_build.build_kernels()
