@@ -66,3 +66,8 @@ class KronForm:
         else:
             products, factors = (*first_axis(q, p * k, s), *last_axis(p, k * s, r)), ("small", "wide")
         return products if self.small_left else (*swap(s, q), *products, *swap(p, r)), factors
+
+
+def are_sizes(side: object) -> bool:
+    """Whether this is the shape of a factor: two integers, at least 1."""
+    return isinstance(side, tuple) and len(side) == 2 and all(isinstance(size, int) and size >= 1 for size in side)

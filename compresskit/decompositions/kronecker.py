@@ -32,7 +32,7 @@ from compresskit.core.folding import row_gram
 from compresskit.core.grids import Grid, coarsen, cover, cut
 from compresskit.core.importance import Importance
 from compresskit.core.kron import kron_linear, swaps
-from compresskit.core.kron_form import KronForm
+from compresskit.core.kron_form import KronForm, are_sizes
 from compresskit.core.kron_weighted import Shape, WeightedSums
 from compresskit.core.native import Native
 from compresskit.core.registry import register
@@ -241,11 +241,6 @@ def _covers(p: int, r: int, rows: int) -> bool:
     return max(p * (r - 1), (p - 1) * r) < rows <= p * r
 
 
-def _are_sizes(side: object) -> bool:
-    numbers = isinstance(side, tuple) and all(isinstance(size, int) and size >= 1 for size in side)
-    return numbers and len(side) == 2  # type: ignore[arg-type]
-
-
 @register
 @final
 @dataclass(frozen=True)
@@ -281,10 +276,8 @@ class Kronecker(Decomposition):
         if self.rounds < 0:
             raise OptionError(f"rounds is a number of rounds of a weighted fit, at least 0; got {self.rounds}")
         for side in (self.left, self.right):
-            if side is not None and not _are_sizes(side):
-                raise OptionError(
-                    f"the sizes of a Kronecker factor are two integers from 1 on, as (2, 2); got {side!r}"
-                )
+            if side is not None and not are_sizes(side):
+                raise OptionError(f"sizes of a Kronecker factor are two integers from 1 on, as (2, 2); got {side!r}")
 
     def menu(self, rows: int, cols: int, *, lookup: bool = False) -> Iterable[Structure]:
         offered = self._fixed(rows, cols) if self.left or self.right else self._offered(rows, cols, lookup=lookup)

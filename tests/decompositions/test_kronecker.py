@@ -294,10 +294,10 @@ def test_impossible_structures_are_refused(left, right, terms, message):
         ({"terms": 0}, "terms is a number of Kronecker products, at least 1; got 0"),
         ({"rounds": -1}, "rounds is a number of rounds of a weighted fit, at least 0; got -1"),
         ({"left": (0, 2)}, r"a Kronecker factor are two integers from 1 on, as \(2, 2\); got \(0, 2\)"),
-        ({"right": (2, -1)}, r"the sizes of a Kronecker factor are two integers .* got \(2, -1\)"),
-        ({"left": "2x2"}, "the sizes of a Kronecker factor are two integers .* got '2x2'"),
-        ({"left": (2, 2, 2)}, r"the sizes of a Kronecker factor are two integers .* got \(2, 2, 2\)"),
-        ({"left": 2}, "the sizes of a Kronecker factor are two integers .* got 2"),
+        ({"right": (2, -1)}, r"sizes of a Kronecker factor are two integers .* got \(2, -1\)"),
+        ({"left": "2x2"}, "sizes of a Kronecker factor are two integers .* got '2x2'"),
+        ({"left": (2, 2, 2)}, r"sizes of a Kronecker factor are two integers .* got \(2, 2, 2\)"),
+        ({"left": 2}, "sizes of a Kronecker factor are two integers .* got 2"),
     ],
 )
 def test_impossible_options_are_refused(options, message):
