@@ -68,15 +68,22 @@ class ProcessCost:
     peak_bytes: int
 
 
-def run_process(command: Sequence[str]) -> ProcessCost:
-    """Run a command in the root of this repository until it ends.
+def run_process(command: Sequence[str], environment: Mapping[str, str] | None = None) -> ProcessCost:
+    """Run a command in the root of this repository until it ends, in our environment with these variables.
 
     Raises:
         RuntimeError: it did not end with status 0; with the end of what it wrote.
     """
     with tempfile.TemporaryFile() as log:
         started = time.perf_counter()
-        process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **(environment or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
         try:
             _, status, usage = os.wait4(process.pid, 0)
             time_s = time.perf_counter() - started

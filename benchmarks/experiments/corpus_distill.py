@@ -81,13 +81,13 @@ class CorpusDistill(Experiment):
         from benchmarks.corpus import Measure, close, read_corpus, train_
         from benchmarks.devices import device_name, find_device, multiply_in, trains_on
         from benchmarks.embeddings import SENTENCES, read_sentences, read_sts_b
-        from benchmarks.memory import keep_memory
         from benchmarks.models import load_model
+        from compresskit import keep_freed_memory
         from compresskit.tasks import TrainSettings
 
         if self.texts == "data" and (data is None or not (data / TEXTS).is_dir()):
             raise ExperimentSkipped(f"there is no plain text: give a folder that holds {TEXTS}/ with --data")
-        keep_memory()  # as the command line does; figures are the same
+        keep_freed_memory()  # as the command line does; figures are the same
         device = find_device(self.device)
         multiply_in(self.dtype)
         source = SENTENCES if data is None or self.texts == "own" else data / TEXTS

@@ -1,7 +1,6 @@
 """What a step of distillation takes where freed memory goes back to the system, and where it is kept."""
 
 import json
-import os
 import statistics
 import sys
 from collections.abc import Mapping
@@ -59,7 +58,6 @@ class DistillMemory(Experiment):
             path = Path(folder) / "times.json"
             for _ in range(self.repeats):
                 for way, said in WAYS.items():
-                    os.environ[HUGE] = said[HUGE]  # of this worker, which ends with the experiment
                     command = [
                         sys.executable,
                         "-m",
@@ -69,7 +67,7 @@ class DistillMemory(Experiment):
                         str(path),
                         said["memory"],
                     ]
-                    peaks[way].append(run_process(command).peak_bytes)
+                    peaks[way].append(run_process(command, {HUGE: said[HUGE]}).peak_bytes)
                     times[way] += json.loads(path.read_text())
         time = {way: statistics.median(found) for way, found in times.items()}
         peak = {way: statistics.median(found) for way, found in peaks.items()}

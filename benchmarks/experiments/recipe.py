@@ -84,10 +84,10 @@ class Recipe(Experiment):
         if data is None and (self.task != "own" or self.texts != "own"):
             raise ExperimentSkipped("give the folder that holds glue/ and text/ with --data")
         from benchmarks.devices import device_name, find_device, multiply_in
-        from benchmarks.memory import keep_memory
         from benchmarks.recipes import Workshop, stage_1_figures
+        from compresskit import keep_freed_memory
 
-        keep_memory()  # as the command line does; figures are the same
+        keep_freed_memory()  # as the command line does; figures are the same
         device = find_device(self.device)
         multiply_in(self.dtype)
         work.mkdir(parents=True, exist_ok=True)

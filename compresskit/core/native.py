@@ -262,12 +262,12 @@ class Kernel:
             return None
         if dtype is not torch.float32 and not native.takes_half(x.numel() // max(x.shape[-1], 1), training=training):
             return None
-        if self._calls is None:
-            return None
+        calls = self._calls
+        assert calls is not None, "`takes` has said a type"
         x = x if x.dtype is dtype else x.to(dtype)
         if not training:
-            return _forward(self._calls, native, x, bias, factors)
-        y: Tensor = _Chain.apply(self._calls, native, product, x, bias, *factors)  # type: ignore[no-untyped-call]
+            return _forward(calls, native, x, bias, factors)
+        y: Tensor = _Chain.apply(calls, native, product, x, bias, *factors)  # type: ignore[no-untyped-call]
         return y
 
 
