@@ -163,12 +163,7 @@ class FactorizedLinear(FactorizedModule):
                 if tensor is None:
                     return None
             factors.append(tensor)
-        return kernel.chain(x, dtype, factors, native, self._own("bias"), self._by_pytorch)
-
-    def _by_pytorch(self, x: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
-        """The same, of factors in the order of the kernel."""
-        assert self._native is not None
-        return self.structure.matmul(x, dict(zip(self._native.factors, factors, strict=True)), bias)
+        return kernel.chain(x, dtype, factors, native, self._own("bias"))
 
 
 @final

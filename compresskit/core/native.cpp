@@ -12,17 +12,20 @@
 #if defined(COMPRESSKIT_PYTHON)
 #include <torch/csrc/autograd/python_variable.h>
 
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/record_function.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/forward_grad.h>
 #endif
 
 #include <ATen/Parallel.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/native/CPUBlas.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/record_function.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #if defined(__AVX512F__) && defined(CPUBLAS_BRGEMM_BF16BF16F32)
@@ -31,6 +34,7 @@
 #endif
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <type_traits>
 #include <utility>
@@ -49,6 +53,8 @@ constexpr int64_t BLOCK_ROWS = 192;         // of a large product: with less, mo
 constexpr int64_t GRAIN = 150000;           // multiply-adds that are worth another thread
 constexpr int64_t LARGE = 600000;           // multiply-adds of a token from which threads share each step if there are ...
 constexpr int64_t FEW_ROWS = 96;            // ... fewer rows for each: all would read all of the factors
+
+std::atomic<int64_t> computed[2];  // chains that were computed, and back
 
 constexpr int64_t SUMS = 1 << 22;           // numbers of gradients of factors that all threads together may add up
 
@@ -181,6 +187,7 @@ struct Wanted {
 #include "native_half.hpp"
 
 at::Tensor chain(const at::Tensor& x, at::TensorList factors, at::IntArrayRef plan, const std::optional<at::Tensor>& bias) {
+  ++computed[0];
 #if defined(COMPRESSKIT_HALF)
   if (x.scalar_type() == at::kBFloat16) {
     Chain made(factors, plan, at::kBFloat16);
@@ -304,6 +311,7 @@ void input_gradient(const Step& step, int64_t n, const float* g, const float* tu
 // Gradients of input, bias and factors; those that are not needed are empty, and those of bias and factors in float32
 std::vector<at::Tensor> chain_backward(const at::Tensor& grad, const at::Tensor& x, at::TensorList factors,
                                        at::IntArrayRef plan, at::IntArrayRef needs) {
+  ++computed[1];
 #if defined(COMPRESSKIT_HALF)
   if (x.scalar_type() == at::kBFloat16) {
     Chain made(factors, plan, at::kBFloat16);
@@ -379,6 +387,8 @@ bool half_products() {
 #endif
 }
 
+#include "native_training.hpp"
+
 #if defined(COMPRESSKIT_PYTHON)
 #include "native_python.hpp"
 #endif
@@ -390,11 +400,14 @@ PyMODINIT_FUNC PyInit_compresskit_chain() { return PyModule_Create(&direct::modu
 #endif
 TORCH_LIBRARY(compresskit, m) {
   m.def("chain(Tensor x, Tensor[] factors, int[] plan, Tensor? bias) -> Tensor");
+  m.def("trained(Tensor x, Tensor[] factors, int[] plan, Tensor? bias, int[] back, int[] order) -> Tensor");
   m.def("half_products() -> bool");
+  m.def("computed() -> int[]");
   m.def("chain_backward(Tensor grad, Tensor x, Tensor[] factors, int[] plan, int[] needs) -> Tensor[]");
 }
 TORCH_LIBRARY_IMPL(compresskit, CompositeExplicitAutograd, m) {
   m.impl("half_products", &half_products);
+  m.impl("computed", [] { return std::vector<int64_t>{computed[0], computed[1]}; });
 }
 TORCH_LIBRARY_IMPL(compresskit, CPU, m) {
   m.impl("chain", &chain);
@@ -403,4 +416,7 @@ TORCH_LIBRARY_IMPL(compresskit, CPU, m) {
 TORCH_LIBRARY_IMPL(compresskit, Autograd, m) {
   m.impl("chain", torch::CppFunction::makeFallthrough());
   m.impl("chain_backward", torch::CppFunction::makeFallthrough());
+}
+TORCH_LIBRARY_IMPL(compresskit, CompositeImplicitAutograd, m) {
+  m.impl("trained", &trained);
 }

@@ -112,10 +112,6 @@ class Native:
         return self._largest < HALF_LARGEST and not (self._plain and tokens > HALF_PLAIN)
 
 
-Product = Callable[..., Tensor]
-"""`product(x, bias, *factors)` by PyTorch."""
-
-
 LAST, FIRST, SWAP = range(3)
 """Kinds of steps, as in native.cpp."""
 
@@ -151,14 +147,16 @@ class Calls:
 
     Args:
         chain: an operation of PyTorch, for compilers and all that looks on.
-        backward: its way back.
+        trained: the same that can be differentiated.
         now: the same as `chain`, for a call from Python where nothing looks on.
+        trained_now: the same as `trained`, likewise.
         is_bare: whether a tensor is one on the processor, no subclass, and neither autocast nor anything else looks on.
     """
 
     chain: Callable[..., Tensor]
-    backward: Callable[..., list[Tensor]]
+    trained: Callable[..., Tensor]
     now: Callable[..., Tensor]
+    trained_now: Callable[..., Tensor]
     is_bare: Callable[[Tensor], bool]
 
 
@@ -212,10 +210,12 @@ class Kernel:
             torch.library.register_fake("compresskit::chain", _chain_of_shapes)
         ops = torch.ops.compresskit
         self.types = (torch.float32, torch.bfloat16) if ops.half_products.default() else (torch.float32,)
-        chain, backward = ops.chain.default, ops.chain_backward.default
+        chain, trained = ops.chain.default, ops.trained.default
         module = self._module
-        now, is_bare = (module.chain, module.is_bare) if module else (chain, _unknown)
-        self._calls = Calls(chain, backward, now, is_bare)
+        if module:
+            self._calls = Calls(chain, trained, module.chain, module.trained, module.is_bare)
+        else:
+            self._calls = Calls(chain, trained, chain, trained, _unknown)
         self._looked = True
 
     def takes(self, x: Tensor) -> torch.dtype | None:
@@ -241,7 +241,6 @@ class Kernel:
         factors: Sequence[Tensor],
         native: Native,
         bias: Tensor | None,
-        product: Product,
     ) -> Tensor | None:
         """x (..., cols) -> (..., rows), plus bias, in the type in which the kernel `takes` x.
 
@@ -250,7 +249,6 @@ class Kernel:
         Args:
             dtype: that type.
             factors: plain tensors on the device of x, in the order of the steps.
-            product: the same by PyTorch, for derivatives of derivatives.
 
         Raises:
             RuntimeError: they are of another type or on another device.
@@ -265,10 +263,13 @@ class Kernel:
         calls = self._calls
         assert calls is not None, "`takes` has said a type"
         x = x if x.dtype is dtype else x.to(dtype)
-        if not training:
-            return _forward(calls, native, x, bias, factors)
-        y: Tensor = _Chain.apply(calls, native, product, x, bias, *factors)  # type: ignore[no-untyped-call]
-        return y
+        seen = torch.compiler.is_compiling() or torch._C._is_torch_function_mode_enabled()
+        if training:
+            trained = calls.trained if seen else calls.trained_now
+            return trained(x, factors, native.plan, bias, native.way_back(dtype), native.order)
+        if factors[0].dtype is not dtype and torch.is_autocast_enabled("cpu"):  # under which parameters are wider
+            factors, bias = [factor.to(dtype) for factor in factors], None if bias is None else bias.to(dtype)
+        return (calls.chain if seen else calls.now)(x, factors, native.plan, bias)
 
 
 kernel = Kernel()
@@ -280,50 +281,6 @@ def _chain_of_shapes(x: Tensor, factors: Sequence[Tensor], plan: Plan, bias: Ten
     kind, a, b, c = plan[-4:]
     rows = {LAST: a * c, FIRST: b * c, SWAP: a * b}[kind]
     return x.new_empty((*x.shape[:-1], rows))
-
-
-class _Chain(torch.autograd.Function):
-    """A chain that keeps its input and its factors, and computes the rest again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, calls: Calls, native: Native, product: Product, x: Tensor, bias: Tensor | None, *factors: Tensor
-    ) -> Tensor:
-        ctx.calls, ctx.native, ctx.product = calls, native, product
-        ctx.save_for_backward(x, bias, *factors)
-        return _forward(calls, native, x, bias, factors)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        x, bias, *factors = ctx.saved_tensors
-        needs = ctx.needs_input_grad[3:]
-        if torch.is_grad_enabled() or grad.dtype is not x.dtype or _is_watched():
-            with torch.autocast("cpu", x.dtype, enabled=factors[0].dtype is not x.dtype):
-                return None, None, None, *_derived(ctx.product, grad, (x, bias, *factors), needs)
-        order = ctx.native.order
-        turned = [factors[i].to(x.dtype) for i in order]
-        wanted = (*needs[:2], *(needs[2 + i] for i in order))
-        found = ctx.calls.backward(grad, x, turned, ctx.native.way_back(x.dtype), wanted)
-        gradients = [*found[:2], *(found[2 + order.index(i)] for i in range(len(order)))]
-        like = zip(gradients, (x, bias, *factors), needs, strict=True)
-        return None, None, None, *(value.to(tensor.dtype) if need else None for value, tensor, need in like)
-
-
-def _derived(product: Product, grad: Tensor, inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Any]:
-    """Gradients by PyTorch, which can be differentiated again where that is wanted."""
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need and tensor is not None]
-        found = iter(torch.autograd.grad(product(*inputs), wanted, grad, create_graph=again))
-    return [next(found) if need else None for need in needs]
-
-
-def _forward(calls: Calls, native: Native, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]) -> Tensor:
-    """The chain of x; under autocast the parameters of a layer are wider than it is."""
-    if factors[0].dtype is not x.dtype and torch.is_autocast_enabled("cpu"):
-        factors, bias = [factor.to(x.dtype) for factor in factors], None if bias is None else bias.to(x.dtype)
-    seen = torch.compiler.is_compiling() or torch._C._is_torch_function_mode_enabled()
-    return (calls.chain if seen else calls.now)(x, factors, native.plan, bias)
 
 
 def _module(path: Path) -> Any:

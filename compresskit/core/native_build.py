@@ -24,7 +24,9 @@ from compresskit.core.native import kernel
 from compresskit.errors import KernelError
 
 SOURCE = Path(__file__).with_name("native.cpp")
-INCLUDED = tuple(SOURCE.with_name(f"native_{part}.hpp") for part in ("products", "half", "half_backward", "python"))
+INCLUDED = tuple(
+    SOURCE.with_name(f"native_{part}.hpp") for part in ("products", "half", "half_backward", "training", "python")
+)
 COMPILERS = ("c++", "g++", "clang++")
 TIMEOUT_S = 300
 
