@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import uuid
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +41,8 @@ class TeacherCache:
 
     Args:
         folder: made when needed.
-        max_bytes: of all files of one fingerprint; the next file that does not fit is an error.
+        max_bytes: of all files of one fingerprint. What no longer fits is not kept, with a warning: the teacher is asked
+            about it each time, as without a cache.
         stored: type of the numbers on disk. float16 keeps 11 bits and ends at 65504, bfloat16 keeps 8 bits.
     """
 
@@ -85,6 +87,7 @@ class Store:
         self._where: dict[str, Path] = {}
         self._files: dict[Path, int] = {}
         self._open: dict[Path, object] = {}
+        self._full = False
 
     def get(self, digest: str, features: Sequence[Feature]) -> dict[Feature, Tensor] | None:
         """The features of an example as they were put, rounded; None if it is not here."""
@@ -102,7 +105,7 @@ class Store:
         """Keep an example and return it as `get` will.
 
         Raises:
-            CacheError: a number does not fit the stored type, or the files grow over the limit.
+            CacheError: a number does not fit the stored type.
         """
         rounded = {feature: tensor.detach().to("cpu", self.dtype).contiguous() for feature, tensor in example.items()}
         for feature, tensor in rounded.items():
@@ -111,6 +114,8 @@ class Store:
                     f"the teacher's {feature} holds {float(example[feature].abs().max()):g}, which {self.dtype} cannot "
                     "hold; store bfloat16"
                 )
+        if self._full:
+            return rounded
         self._pending[digest] = {str(feature): tensor for feature, tensor in rounded.items()}
         self._pending_bytes += sum(tensor.nbytes for tensor in rounded.values())
         if self._pending_bytes >= min(SHARD_BYTES, self.max_bytes):
@@ -120,20 +125,21 @@ class Store:
     def flush(self) -> None:
         """Write what is only in memory; afterwards other processes find it, and so does a later run.
 
-        Raises:
-            CacheError: the files would grow over the limit.
+        If the files would grow over the limit, it is dropped instead, with a warning, and no more is kept.
         """
         if not self._pending:
             return
         self.refresh()
-        used, examples = sum(self._files.values()), len(self._where) + len(self._pending)
-        if used + self._pending_bytes > self.max_bytes:
-            raise CacheError(
-                f"the teacher's cache {self.folder} is limited to {self.max_bytes:,} bytes; {examples:,} examples take "
-                f"{used + self._pending_bytes:,}, {(used + self._pending_bytes) // examples:,} each. Raise max_bytes, "
-                "train on fewer examples or without a cache; inputs that change from epoch to epoch (dynamic masking) "
-                "are never found again"
+        if sum(self._files.values()) + self._pending_bytes > self.max_bytes:
+            each = self._pending_bytes // len(self._pending)
+            self._full, self._pending, self._pending_bytes = True, {}, 0
+            warnings.warn(
+                f"the teacher's cache {self.folder} is limited to {self.max_bytes:,} bytes and keeps the answers of "
+                f"{len(self._where):,} examples; others, of {each:,} bytes each, are computed each time that they are "
+                "seen (inputs that change from epoch to epoch, as with dynamic masking, are never found again)",
+                stacklevel=2,
             )
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{uuid.uuid4().hex}.safetensors"
         partial = path.with_suffix(".partial")

@@ -113,12 +113,27 @@ def test_two_writers_share_a_folder(tmp_path):
     assert len(files(tmp_path)) == 2
 
 
-def test_it_is_bounded(tmp_path):
-    teacher, cache = model(), TeacherCache(tmp_path / "c", max_bytes=10_000)
-    training = trainer(teacher, compressed(teacher), GOAL, tmp_path, cache=cache)
-    with pytest.raises(CacheError, match=r"limited to 10,000 bytes; \d+ examples take .* each. Raise max_bytes"):
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_what_does_not_fit_is_computed_each_time(share, tmp_path):
+    """With the same result as with a cache that holds all."""
+    teacher = model()
+    whole, partly = compressed(teacher), compressed(teacher)
+    partly.load_state_dict(whole.state_dict())
+    trainer(teacher, whole, GOAL, tmp_path / "whole", cache=TeacherCache(tmp_path / "all")).train()
+    needed = sum(path.stat().st_size for path in files(tmp_path / "all"))
+    limit = 10_000 if share == 0 else int(share * needed)
+    cache = TeacherCache(tmp_path / "some", max_bytes=limit)
+    if share:  # the first shard, which another run has written
+        shared = trainer(teacher, compressed(teacher), GOAL, tmp_path / "first", cache=cache)
+        shared.args.max_steps = 1
+        shared.train()
+    training = trainer(teacher, partly, GOAL, tmp_path / "partly", cache=cache)
+    with pytest.warns(UserWarning, match=f"limited to {limit:,} bytes and keeps the answers of {'[1-9]' if share else 0}"):
         training.train()
-    assert sum(path.stat().st_size for path in files(tmp_path / "c")) <= 10_000
+    assert sum(path.stat().st_size for path in files(tmp_path / "some")) <= limit
+    assert bool(files(tmp_path / "some")) == bool(share)
+    for ours, theirs in zip(partly.parameters(), whole.parameters(), strict=True):
+        assert ours.equal(theirs)
 
 
 def test_numbers_that_do_not_fit_are_refused(tmp_path):
