@@ -6,11 +6,13 @@ from typing import final
 
 from compresskit.core.native import Native, Plan, first_axis, last_axis, swap
 
-MOST_TRAINED, WIDEST_TRAINED = 150_000, 1536
-"""Numbers of the wide factor and of the input up to which the compiled kernel trains a layer.
-
-Measured on 2 cores (`kernel-kronecker` of the suite `layers`): a step takes .5 to 1 times as long as by PyTorch,
-and for wider inputs up to 1.4 times."""
+MOST_TRAINED = 300_000
+"""Numbers of the wide factors of all terms up to which the compiled kernel trains a layer of at most so many ..."""
+WIDEST_TRAINED = 1536
+"""... inputs. Measured on 2 cores, 16 to 1024 tokens: steps take .5 to 1.06 times as long as by PyTorch, and for wider
+inputs up to 1.5 times."""
+MOST_TRAINED_HALF, WIDE_TRAINED_HALF = 2**19, 150_000
+"""Likewise in bfloat16, of at most so many inputs and of more: .4 to 1.1 times, wider ones .6 to 1.2."""
 
 
 @final
@@ -51,11 +53,13 @@ class KronForm:
         wide product where p <= q: what is mixed is cheap to have again.
         """
         plan, factors = self._ordered(self.wide_first)
+        numbers, narrow = self.terms * self.r * self.s, self.cols <= WIDEST_TRAINED
+        trains = numbers <= MOST_TRAINED and narrow
+        trains_half = numbers < (MOST_TRAINED_HALF if narrow else WIDE_TRAINED_HALF)
         if self.terms > 1:
-            return Native(plan, factors)
-        trains = self.r * self.s <= MOST_TRAINED and self.cols <= WIDEST_TRAINED
+            return Native(plan, factors, trains=trains, trains_half=trains_half)
         back, half = (self._ordered(self.p > self.q, pairs=pairs) for pairs in (False, True))
-        return Native(plan, factors, *back, half_backward=half[0], trains=trains)
+        return Native(plan, factors, *back, half_backward=half[0], trains=trains, trains_half=trains_half)
 
     def _ordered(self, wide_first: bool, *, pairs: bool = False) -> tuple[Plan, tuple[str, str]]:
         p, q, r, s, k = self.p, self.q, self.r, self.s, self.terms

@@ -28,8 +28,6 @@ HALF_LARGEST = 2**20
 """Numbers of a factor from which PyTorch's own products are as fast in bfloat16, ..."""
 HALF_FEW = 64
 """... unless so few rows are multiplied by it; as `FEW_ROWS` in native_half.hpp."""
-HALF_TRAINED = 2**19
-"""Numbers of a factor from which PyTorch trains as fast."""
 HALF_PLAIN = 256
 """Tokens from which PyTorch is as fast at products with nothing between them."""
 
@@ -46,6 +44,7 @@ class Native:
         backward_factors: names in the order of these.
         half_backward: other steps with factors in that order, for bfloat16; none: the same ones.
         trains: whether layers in float32 are trained by the kernel, too.
+        trains_half: the same in bfloat16.
     """
 
     plan: Plan
@@ -54,6 +53,7 @@ class Native:
     backward_factors: tuple[str, ...] = ()
     half_backward: Plan = ()
     trains: bool = False
+    trains_half: bool = False
 
     def way_back(self, dtype: torch.dtype) -> Plan:
         """The steps that the kernel goes back."""
@@ -102,11 +102,11 @@ class Native:
         """Whether so many tokens in bfloat16 are for the kernel.
 
         Measured: rows that end oddly within a tile of the matrix units are multiplied up to ten times as slowly;
-        factors that no cache holds, plain products of many tokens, and training of plain products, as fast by PyTorch.
-        In training PyTorch is slow at odd ends, too: a step of all else takes .35 to 1 times as long as its.
+        factors that no cache holds and plain products of many tokens are as fast by PyTorch. In training PyTorch is
+        slow at odd ends, too.
         """
         if training:
-            return self._pairs and self._largest < HALF_TRAINED and not self._plain
+            return self.trains_half and self._pairs
         if not self._fits or tokens * self._rows <= HALF_FEW:
             return self._fits
         return self._largest < HALF_LARGEST and not (self._plain and tokens > HALF_PLAIN)

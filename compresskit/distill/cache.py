@@ -41,8 +41,8 @@ class TeacherCache:
 
     Args:
         folder: made when needed.
-        max_bytes: of all files of one fingerprint. What no longer fits is not kept, with a warning: the teacher is asked
-            about it each time, as without a cache.
+        max_bytes: of all files of one fingerprint. What no longer fits is not kept, with a warning: the teacher is
+            asked about it each time, as without a cache.
         stored: type of the numbers on disk. float16 keeps 11 bits and ends at 65504, bfloat16 keeps 8 bits.
     """
 

@@ -128,7 +128,9 @@ def test_what_does_not_fit_is_computed_each_time(share, tmp_path):
         shared.args.max_steps = 1
         shared.train()
     training = trainer(teacher, partly, GOAL, tmp_path / "partly", cache=cache)
-    with pytest.warns(UserWarning, match=f"limited to {limit:,} bytes and keeps the answers of {'[1-9]' if share else 0}"):
+    with pytest.warns(
+        UserWarning, match=f"limited to {limit:,} bytes and keeps the answers of {'[1-9]' if share else 0}"
+    ):
         training.train()
     assert sum(path.stat().st_size for path in files(tmp_path / "some")) <= limit
     assert bool(files(tmp_path / "some")) == bool(share)

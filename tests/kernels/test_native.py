@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import compresskit
 from compresskit.core import native_build
+from compresskit.core.kron_form import MOST_TRAINED, WIDEST_TRAINED
 from compresskit.core.native import kernel
 from compresskit.decompositions.svd import LowRank
 from compresskit.errors import KernelError
@@ -82,7 +83,7 @@ def test_rows_that_do_not_lie_together(structure, native):
 
 @pytest.mark.parametrize("threads", [1, 3], indirect=True)
 @pytest.mark.parametrize(
-    "structure", [s for s in KRONECKER if s.native and s.native.trains and s.small != (1, 1)], ids=str
+    "structure", [*(s for s in KRONECKER if s.native and s.small != (1, 1)), *CHAINS, *others()], ids=str
 )
 def test_gradients_are_exact(structure, threads, native):
     for tokens in (0, 1, 5, 300):
@@ -139,7 +140,16 @@ def test_gradients_of_gradients_are_those_of_pytorch(native):
         torch.testing.assert_close(found, second(), rtol=1e-4, atol=1e-2)
 
 
-@pytest.mark.parametrize("structure", [structure_of((4, 2), (34, 40), 2, True), LowRank(96, 72, 60)], ids=str)
+@pytest.mark.parametrize(
+    "structure",
+    [
+        structure_of((4, 2), (34, WIDEST_TRAINED // 2 + 1), 1, True),
+        structure_of((2, 2), (400, MOST_TRAINED // 800 + 1), 2, True),
+        LowRank(96, 1600, 6),
+        LowRank(480, 400, 160),
+    ],
+    ids=str,
+)
 def test_pytorch_trains_what_it_trains_faster(structure, native):
     layer, x = layer_of(structure, torch.float32), torch.randn(70, structure.cols)
     layer(x).sum().backward()
@@ -254,6 +264,7 @@ def test_a_plan_that_does_not_fit_is_refused(shape, factors, plan, bias, match, 
 
 LATER = """
 import torch, compresskit
+from compresskit.core.kron_form import MOST_TRAINED, WIDEST_TRAINED
 from compresskit.core.native import kernel
 layer = compresskit.SVD().fit(torch.randn(64, 64), ratio=4).to_module()
 x = torch.randn(3, 64)
@@ -305,7 +316,7 @@ def test_a_compiler_finds_it_before_any_layer_has_run(kernel_folder, tmp_path):
 def test_training_says_what_would_make_it_faster(kernel_folder, no_kernel, monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     model = nn.Sequential(nn.Linear(20, 20), layer_of(structure_of((4, 2), (8, 10), 1, True), torch.float32))
-    others = nn.Sequential(nn.Linear(20, 20), layer_of(LowRank(32, 20, 6), torch.float32))
+    others = nn.Sequential(nn.Linear(20, 20), layer_of(LowRank(32, 1600, 6), torch.float32))
     assert "compresskit kernels --build" in native_build.kernel_advice(model, cpu)
     assert native_build.kernel_advice(model, cuda) is native_build.kernel_advice(others, cpu) is None
     with compresskit.use_kernels("pytorch"):

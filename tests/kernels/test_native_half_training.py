@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import compresskit
-from compresskit.core.native import HALF_TRAINED, kernel
+from compresskit.core.kron_form import MOST_TRAINED_HALF, WIDE_TRAINED_HALF, WIDEST_TRAINED
+from compresskit.core.native import kernel
 from compresskit.decompositions.svd import LowRank
 from tests.kernels.cases import error, exact, gradients, layer_of, structure_of
 from tests.kernels.test_native import CHAINS, KRONECKER, others
@@ -211,12 +212,15 @@ SHAPES = (((4, 4), True), ((4, 4), False))
 
 
 def test_what_pytorch_trains_as_fast_is_left_to_it(half):
-    for structure in (LowRank(96, 80, 16), structure_of((4, 2), (33, 40), 1, True)):
+    for structure in (LowRank(96, 1600, 16), LowRank(96, 80, 15), structure_of((4, 2), (33, 40), 1, True)):
         layer, x = layer_of(structure, HALF), torch.randn(70, structure.cols, dtype=HALF)
         layer(x).sum().backward()
     assert half() == (0, 0)
-    assert not structure_of((2, 2), (HALF_TRAINED // 512, 512), 1, True).native.takes_half(9, training=True)
-    assert structure_of((2, 2), (HALF_TRAINED // 512 - 2, 512), 1, True).native.takes_half(9, training=True)
+    for cols, most in ((WIDEST_TRAINED // 2, MOST_TRAINED_HALF), (WIDEST_TRAINED // 2 + 2, WIDE_TRAINED_HALF)):
+        rows = most // cols // 2 * 2
+        assert structure_of((2, 2), (rows, cols), 1, True).native.takes_half(9, training=True)
+        assert not structure_of((2, 2), (rows + 2, cols), 1, True).native.takes_half(9, training=True)
+        assert not structure_of((2, 2), (rows, cols), 2, True).native.takes_half(9, training=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
