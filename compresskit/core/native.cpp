@@ -22,7 +22,6 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/native/CPUBlas.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -172,9 +171,20 @@ struct Wanted {
     size = bias_at + (needs[1] ? made.rows : 0);
   }
 
-  // Gradients of input, bias and factors, from the sums (threads, size); those that are not needed are empty
-  std::vector<at::Tensor> gradients(const at::Tensor& x_grad, at::Tensor sums, at::TensorList factors,
-                                    at::IntArrayRef needs) const {
+  // Sets a thread's own sums to zero but for those of factors that products of the last axis write first
+  void clear(const Chain& made, float* own) const {
+    for (size_t i = 0; i < made.steps.size(); ++i)
+      if (const int64_t f = made.factor_of[i]; f >= 0 && made.steps[i].kind != LAST)
+        std::fill(own + offsets[f], own + offsets[f + 1], 0.0f);
+    std::fill(own + bias_at, own + size, 0.0f);
+  }
+
+  // Gradients of input, bias and factors, from the sums (threads, size) of threads that had any to add up; those that are
+  // not needed are empty
+  std::vector<at::Tensor> gradients(const at::Tensor& x_grad, at::Tensor sums, const std::vector<char>& added,
+                                    at::TensorList factors, at::IntArrayRef needs) const {
+    for (size_t thread = 0; thread < added.size(); ++thread)
+      if (!added[thread]) sums.select(0, thread).zero_();
     sums = sums.size(0) > 1 ? sums.sum(0) : sums.view({size});
     const at::Tensor none = at::empty({0}, sums.options());
     std::vector<at::Tensor> found{x_grad, needs[1] ? sums.narrow(0, bias_at, size - bias_at) : none};
@@ -274,12 +284,12 @@ void contract_rows(int64_t n, const float* g, int64_t g_step, const float* x, in
   for (; j < ins; ++j) contract_tile<ROWS, 1>(n, g, g_step, x + j * width, x_step, width, sums + j, ins);
 }
 
-// Gradient of the factor of a step: sums += what n tokens give
-void add_factor_gradient(const Step& step, int64_t n, const float* g, const float* x, float* sums) {
+// Gradient of the factor of a step: sums += what n tokens give, or, the first time, products of the last axis alone
+void add_factor_gradient(const Step& step, int64_t n, const float* g, const float* x, float* sums, bool first) {
   if (step.kind == LAST) {
     const int m = step.b, k = n * step.a, o = step.c;
-    const float one = 1;
-    sgemm_("N", "T", &m, &o, &k, &one, x, &m, g, &o, &one, sums, &m);
+    const float one = 1, old = first ? 0 : 1;
+    sgemm_("N", "T", &m, &o, &k, &one, x, &m, g, &o, &old, sums, &m);
     return;
   }
   const int64_t ins = step.a, outs = step.b, width = step.c;
@@ -348,11 +358,15 @@ std::vector<at::Tensor> chain_backward(const at::Tensor& grad, const at::Tensor&
   at::Tensor x_grad = at::empty(needs[0] ? x.sizes() : at::IntArrayRef{0}, x.options());
   float* to = x_grad.mutable_data_ptr<float>();
   const int sums_of = shared || n <= grain ? 1 : threads;
-  at::Tensor sums = at::zeros({sums_of, wanted.size}, x.options());
+  at::Tensor sums = at::empty({sums_of, wanted.size}, x.options());
   float* all = sums.mutable_data_ptr<float>();
+  std::vector<char> added(sums_of);
 
   at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
-    float* own = all + (sums_of == 1 ? 0 : at::get_thread_num() * wanted.size);
+    const int thread = sums_of == 1 ? 0 : at::get_thread_num();
+    float* own = all + thread * wanted.size;
+    added[thread] = true;
+    wanted.clear(made, own);
     thread_local Room<float> room;
     float* scratch = room.of(block * (between + 2 * most));
     float* halves[2] = {scratch + block * between, scratch + block * (between + most)};
@@ -367,7 +381,8 @@ std::vector<at::Tensor> chain_backward(const at::Tensor& grad, const at::Tensor&
           for (int64_t c = 0; c < rows; ++c) own[wanted.bias_at + c] += g[k * rows + c];
       for (int64_t i = count_steps - 1; i >= lowest; --i) {
         const int64_t factor = made.factor_of[i];
-        if (factor >= 0 && needs[2 + factor]) add_factor_gradient(steps[i], count, g, into(i), own + wanted.offsets[factor]);
+        if (factor >= 0 && needs[2 + factor])
+          add_factor_gradient(steps[i], count, g, into(i), own + wanted.offsets[factor], t == begin);
         if (i == lowest && !(needs[0] && i == 0)) break;
         float* out = i == 0 ? to + t * cols : halves[i % 2];
         input_gradient(steps[i], count, g, turned[i].data(), out);
@@ -375,7 +390,7 @@ std::vector<at::Tensor> chain_backward(const at::Tensor& grad, const at::Tensor&
       }
     }
   });
-  return wanted.gradients(x_grad, sums, factors, needs);
+  return wanted.gradients(x_grad, sums, added, factors, needs);
 }
 
 // Whether bfloat16 is for the kernel, too

@@ -50,8 +50,8 @@ void pack_back(const Step& step, Wide& wide, Room<Half>& room) {
   });
 }
 
-// sums (outs, ins) += g (rows, outs).T @ x (rows, ins)
-void add_products(const Step& step, int64_t rows, const Half* g, const Half* x, float* sums) {
+// sums (outs, ins) += g (rows, outs).T @ x (rows, ins), or, the first time, that alone
+void add_products(const Step& step, int64_t rows, const Half* g, const Half* x, float* sums, bool first) {
   thread_local Room<Half> left_room, right_room;
   const int64_t depth = (rows + DEPTH - 1) / DEPTH * DEPTH;
   Half *left = left_room.of(step.c * depth), *right = right_room.of(PANEL * depth);
@@ -59,12 +59,12 @@ void add_products(const Step& step, int64_t rows, const Half* g, const Half* x, 
   for (int64_t p = 0; p < step.b; p += PANEL) {
     const int64_t some = std::min(PANEL, step.b - p);
     pack_rows(x + p, rows, depth, step.b, some, right);
-    at::native::cpublas::brgemm(step.c, some, depth, depth, PANEL, step.b, true, left, right, sums + p);
+    at::native::cpublas::brgemm(step.c, some, depth, depth, PANEL, step.b, !first, left, right, sums + p);
   }
 }
 
 // Adds to the sums of factors that have any, from the last step back to `lowest`; x_grad may be null
-void mix_back(const Segment& segment, int64_t n, const Half* g, const Half* x, float* const* sums, int64_t lowest,
+void mix_back(const Segment& segment, int64_t n, const Half* g, const Half* x, float* const* sums, bool first, int64_t lowest,
               Half* x_grad) {
   const int64_t ins = segment.ins(), outs = segment.outs();
   int64_t read = 0, kept = 0;  // steps whose input is read, and numbers of these
@@ -102,7 +102,7 @@ void mix_back(const Segment& segment, int64_t n, const Half* g, const Half* x, f
           swap(chunk.halves[which] + k * ins, Rounded{x_grad + (t + k) * ins, nullptr}, step.b, step.a);
         break;
       }
-      if (sums[i]) add_factor_gradient(step, some, chunk.halves[which], in, sums[i]);
+      if (sums[i]) add_factor_gradient(step, some, chunk.halves[which], in, sums[i], first && t == 0);
       if (i < read && i > 0) in -= chunk.tokens * segment.steps[i - 1].ins();
       if (i == lowest && !x_grad) break;
       input_gradient(step, some, chunk.halves[which], segment.turned[i].data(), chunk.halves[1 - which]);
@@ -150,11 +150,15 @@ std::vector<at::Tensor> chain_backward(Chain& made, const at::Tensor& grad, cons
   at::Tensor x_grad = at::empty(needs[0] ? x.sizes() : at::IntArrayRef{0}, x.options());
   Half* to = x_grad.mutable_data_ptr<Half>();
   const int sums_of = n <= grain ? 1 : at::get_num_threads();
-  at::Tensor sums = at::zeros({sums_of, wanted.size}, x.options().dtype(at::kFloat));
+  at::Tensor sums = at::empty({sums_of, wanted.size}, x.options().dtype(at::kFloat));
   float* all = sums.mutable_data_ptr<float>();
+  std::vector<char> added(sums_of);
 
   at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
-    float* own = all + (sums_of == 1 ? 0 : at::get_thread_num() * wanted.size);
+    const int thread = sums_of == 1 ? 0 : at::get_thread_num();
+    float* own = all + thread * wanted.size;
+    added[thread] = true;
+    wanted.clear(made, own);
     std::vector<float*> sum(count_steps, nullptr);
     for (int64_t i = 0; i < count_steps; ++i)
       if (made.factor_of[i] >= 0 && needs[2 + made.factor_of[i]]) sum[i] = own + wanted.offsets[made.factor_of[i]];
@@ -184,18 +188,18 @@ std::vector<at::Tensor> chain_backward(Chain& made, const at::Tensor& grad, cons
         Half* out = ends ? nullptr : segment.first == 0 ? to + t * cols : halves[k % 2];
         if (segment.multiplies()) {
           const Step& step = *segment.steps;
-          if (sum[segment.first]) add_products(step, count * step.a, g, into(segment), sum[segment.first]);
+          if (sum[segment.first]) add_products(step, count * step.a, g, into(segment), sum[segment.first], t == begin);
           if (out) multiply_round(count * step.a, Step{LAST, step.a, step.c, step.b, nullptr}, g, segment.back, nullptr, out);
         } else {
           const int64_t lowest = std::max<int64_t>(0, wanted.lowest - segment.first);
-          mix_back(segment, count, g, into(segment), sum.data() + segment.first, out ? 0 : lowest, out);
+          mix_back(segment, count, g, into(segment), sum.data() + segment.first, t == begin, out ? 0 : lowest, out);
         }
         g = out;
       }
     }
     at::native::cpublas::brgemm_release();
   });
-  return wanted.gradients(x_grad, sums, factors, needs);
+  return wanted.gradients(x_grad, sums, added, factors, needs);
 }
 
 }  // namespace half
