@@ -95,7 +95,7 @@ def build_kernels(*, force: bool = False) -> Path:
 
     With it, Kronecker, SVD, Tucker and tensor-train layers in float32 take fewer calls and less memory traffic: the
     smaller the layer and the fewer the tokens, the more it gains (README, Speed); in bfloat16, where the processor has
-    units for it (AVX-512 and AMX), likewise without gradients. Results differ in the last bits.
+    units for it (AVX-512 and AMX), likewise. In training the smaller layers gain. Results differ in the last bits.
 
     Args:
         force: compile it even if it is there; this process then goes on with the one that it has.
