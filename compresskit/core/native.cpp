@@ -13,7 +13,6 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/forward_grad.h>
 #endif
 
 #include <ATen/Parallel.h>
@@ -25,6 +24,7 @@
 #include <ATen/record_function.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/library.h>
 
 #if defined(__AVX512F__) && defined(CPUBLAS_BRGEMM_BF16BF16F32)

@@ -8,7 +8,7 @@ PyObject* is_bare(PyObject*, PyObject* x) {
   HANDLE_TH_ERRORS
   if (Py_TYPE(x) != reinterpret_cast<PyTypeObject*>(THPVariableClass)) Py_RETURN_FALSE;
   if (!has_only(BARE, THPVariable_Unpack(x).key_set())) Py_RETURN_FALSE;
-  if (torch::autograd::ForwardADLevel::try_get_by_idx(0)) Py_RETURN_FALSE;
+  if (derives_forward()) Py_RETURN_FALSE;
   Py_RETURN_TRUE;
   END_HANDLE_TH_ERRORS
 }

@@ -10,6 +10,8 @@ inline bool has_only(c10::DispatchKeySet known, c10::DispatchKeySet keys) {
   return (((keys | here.included_) - here.excluded_).raw_repr() & ~known.raw_repr()) == 0;
 }
 
+inline bool derives_forward() { return bool(torch::autograd::ForwardADLevel::try_get_by_idx(0)); }
+
 inline c10::DispatchKeySet keys_of(at::TensorList tensors) {
   c10::DispatchKeySet keys;
   for (const at::Tensor& tensor : tensors) keys = keys | tensor.key_set();
@@ -61,8 +63,9 @@ struct CompresskitChain : torch::autograd::Function<CompresskitChain> {
   using Context = torch::autograd::AutogradContext;
 
   // `back` and `order` are the plan of the way back and, of each factor in it, its place among the factors
-  static at::Tensor forward(Context* context, const at::Tensor& x, at::TensorList factors, const std::optional<at::Tensor>& bias,
-                            at::IntArrayRef plan, at::IntArrayRef back, at::IntArrayRef order) {
+  static at::Tensor forward(Context* context, const at::Tensor& x, at::TensorList factors,
+                            const std::optional<at::Tensor>& bias, at::IntArrayRef plan, at::IntArrayRef back,
+                            at::IntArrayRef order) {
     TORCH_CHECK(order.size() == factors.size(), "compresskit: the way back has other factors");
     for (const int64_t place : order)
       TORCH_CHECK(place >= 0 && place < int64_t(factors.size()), "compresskit: no factor ", place);
@@ -82,7 +85,8 @@ struct CompresskitChain : torch::autograd::Function<CompresskitChain> {
 
   static Tensors backward(Context* context, const Tensors& upstream) {
     const Tensors saved = context->get_saved_variables();
-    const std::vector<int64_t> back = context->saved_data["back"].toIntVector(), order = context->saved_data["order"].toIntVector();
+    const std::vector<int64_t> back = context->saved_data["back"].toIntVector();
+    const std::vector<int64_t> order = context->saved_data["order"].toIntVector();
     const size_t count = order.size(), biased = saved.size() > count + 1;
     const at::Tensor &grad = upstream[0], &x = saved[0];
     const at::ScalarType type = x.scalar_type();
@@ -91,7 +95,8 @@ struct CompresskitChain : torch::autograd::Function<CompresskitChain> {
 
     std::vector<at::Tensor> turned;
     const bool again = at::GradMode::is_enabled();
-    if (again || grad.scalar_type() != type || !has_only(PLAIN, keys_of(saved) | grad.key_set())) {
+    const bool plain = grad.scalar_type() == type && has_only(PLAIN, keys_of(saved) | grad.key_set()) && !derives_forward();
+    if (again || !plain) {
       const at::AutoGradMode on(true);
       const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
       for (const int64_t place : order) turned.push_back(as(type, saved[1 + place]));
