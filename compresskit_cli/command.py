@@ -1,5 +1,8 @@
-"""The class of every subcommand: an error that compresskit raises on purpose becomes a message, not a traceback."""
+"""The class of every subcommand: what compresskit raises or warns of on purpose becomes a message."""
 
+import warnings
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click
@@ -17,8 +20,21 @@ class Command(click.Command):
 
         debug = ctx.params.pop("debug") or ctx.find_root().params.get("debug")
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                if not debug:
+                    warnings.showwarning = partial(_say, otherwise=warnings.showwarning)
+                return super().invoke(ctx)
         except (CompresskitError, OSError) as error:
             if debug or isinstance(error, BrokenPipeError):
                 raise
             raise click.ClickException(str(error)) from error  # exit status 1
+
+
+def _say(message: Warning | str, category: type[Warning], filename: str, *rest: Any, otherwise: Any) -> None:
+    """A warning of our own as one line without the place in our code; others as they are."""
+    import compresskit
+
+    if category is UserWarning and Path(filename).is_relative_to(Path(compresskit.__file__).parent):
+        click.echo(f"Warning: {message}", err=True)
+    else:
+        otherwise(message, category, filename, *rest)

@@ -46,6 +46,7 @@ def distill(
     max_length: int | None = None,
     cache: str | Path | None = None,
     cache_teacher: bool = False,
+    cache_bytes: int | None = None,
     resume: bool = False,
     on_progress: OnStage | None = None,
     on_note: OnNote | None = None,
@@ -69,13 +70,15 @@ def distill(
         max_length: tokens of an input of the task, None: the preset's, or the task's own.
         cache: folder that keeps the tokenised text for the next run; None: below `run`.
         cache_teacher: keep the teacher's answers there too; large, and worth it where texts come more than once.
+        cache_bytes: most that they may take of each question, None: 20 GiB; what no longer fits is asked again.
         resume: go on with an interrupted run.
         on_progress: called with the name of the stage after each step.
         on_note: called with what is worth knowing: a stage that is left out, the size of the student,
             what would be faster.
 
     Raises:
-        OptionError: neither task nor corpus, or the preset lacks the stage, or a size.
+        OptionError: neither task nor corpus, or the preset lacks the stage, or a size; `cache_bytes` without
+            `cache_teacher`.
         DataError, CheckpointError, DistillError: data, models and preset do not fit together, or several processes are
             to share a teacher's cache; before any training.
         TrainingError: the run cannot be resumed, or has diverged.
@@ -89,7 +92,8 @@ def distill(
     recipes = _recipes(preset, stages, task)
     device = _device(recipes)
     processes = Processes(device)
-    if cache_teacher and not processes.alone:
+    kept = _teacher_cache(Path(cache or folder) / "teacher", cache_bytes, wanted=cache_teacher)
+    if kept and not processes.alone:
         raise DistillError(
             "several processes cannot share the teacher's answers on disk: leave the teacher's cache out"
         )
@@ -105,7 +109,6 @@ def distill(
         first, last = (
             make() if processes.alone or models.student is not None else _shared(make, models, processes, folder)
         )
-        kept = TeacherCache(Path(cache or folder) / "teacher") if cache_teacher else None
         with processes.first_then_others():
             made = _stages(
                 recipes,
@@ -147,6 +150,14 @@ def distill(
     )
     processes.leave()
     return found
+
+
+def _teacher_cache(folder: Path, most: int | None, *, wanted: bool) -> TeacherCache | None:
+    if not wanted and most is not None:
+        raise OptionError("cache_bytes limits what cache_teacher keeps, which is not asked for: ask for both")
+    if not wanted:
+        return None
+    return TeacherCache(folder) if most is None else TeacherCache(folder, max_bytes=most)
 
 
 def _stages_of(preset: Preset, task: Task | None, *, corpus: bool) -> list[str]:

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 @preset_options
 @click.option("--cache", type=click.Path(path_type=Path), help="Folder that keeps the tokenised text for other runs.")
 @click.option("--cache-teacher", is_flag=True, help="Also keep the teacher's answers: for data seen several times.")
+@click.option(
+    "--cache-bytes", type=Count(), help="Most that these may take, e.g. 50G; others are asked again.  [20 GiB]"
+)
 @click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @click.option("--resume", is_flag=True, help="Go on with a run that was interrupted, from its last checkpoint.")
 @click.option("--force", is_flag=True, help="Replace an existing output; discard an interrupted run.")
@@ -66,7 +69,9 @@ def command(
     choice = TaskChoice(**{name: options.pop(name) for name in TaskChoice.__dataclass_fields__})
     task = None if choice.task is None and choice.kind is None else choice.chosen()
     models = {name: options.pop(name) for name in ("base", "student")}
-    sources = {name: options.pop(name) for name in ("corpus", "ratio", "params", "cache", "cache_teacher")}
+    sources = {
+        name: options.pop(name) for name in ("corpus", "ratio", "params", "cache", "cache_teacher", "cache_bytes")
+    }
     chosen = changed(find(preset), options)
     check_output(output, force=force)
     for model in (teacher, *models.values()):

@@ -5,10 +5,12 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 import compresskit
 import compresskit_cli
@@ -171,3 +173,20 @@ def test_a_command_lets_a_broken_pipe_through() -> None:
 
     with pytest.raises(BrokenPipeError):
         Command("leave", callback=leave).main([], standalone_mode=False)
+
+
+@pytest.mark.parametrize("debug", [True, False])
+def test_warnings_of_our_own_are_a_line_without_the_place_in_our_code(debug: bool) -> None:
+    @click.command(cls=Command)
+    def command() -> None:
+        warnings.warn_explicit("the cache is full", UserWarning, compresskit.__file__, 1)
+        warnings.warn_explicit("of another package", UserWarning, "elsewhere.py", 1)
+        warnings.warn_explicit("of something old", DeprecationWarning, compresskit.__file__, 1)
+
+    with warnings.catch_warnings(record=True) as others:
+        warnings.simplefilter("always")
+        result = CliRunner().invoke(command, ["--debug"] if debug else [])
+    assert result.exit_code == 0
+    assert result.stderr == ("" if debug else "Warning: the cache is full\n")
+    assert [str(each.message) for each in others][-2:] == ["of another package", "of something old"]
+    assert len(others) == 2 + debug

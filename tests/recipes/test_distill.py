@@ -222,6 +222,9 @@ def test_the_teacher_s_answers_are_found_again(teacher, reviews, tmp_path):
     assert list((tmp_path / "cache" / "teacher").rglob("*.safetensors"))
     second = recipes.distill(preset, teacher, tmp_path / "b", **given)
     torch.testing.assert_close(weights(first.student), weights(second.student), rtol=0, atol=0)
+    with pytest.warns(UserWarning, match="limited to 5,000 bytes and keeps the answers of 0 examples"):
+        third = recipes.distill(preset, teacher, tmp_path / "c", **given | {"cache": None}, cache_bytes=5000)
+    torch.testing.assert_close(weights(first.student), weights(third.student), rtol=1e-4, atol=1e-6)
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_trained(teacher, base, encoder, reviews, text, tmp_path):
@@ -233,6 +236,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_trained(teacher, base, 
         assert not (tmp_path / "run").exists()
 
     refuse(OptionError, "nothing to train on: give a corpus")
+    refuse(OptionError, "cache_bytes limits what cache_teacher keeps", task=SST2, data=reviews, cache_bytes=5000)
     refuse(OptionError, "nothing to train on", task=STS, data=reviews)
     decomposed = short("matrix-decomposition")
     refuse(OptionError, "matrix-decomposition has no stage on plain text", which=decomposed, corpus=text)
