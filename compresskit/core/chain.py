@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from compresskit.core.autograd import is_traced, narrow, with_signature
-from compresskit.core.native import Native, Plan, first_axis, last_axis
+from compresskit.core.native import WIDEST_TRAINED, Native, Plan, first_axis, last_axis
 from compresskit.core.structure import Factor, linear, plain_matrix, tensor_of
 from compresskit.errors import StructureError
 
-MOST_TRAINED, WIDEST_TRAINED = 130_000, 1536
-"""Multiply-adds for a token, and inputs, up to which the compiled kernel trains a layer: measured on 2 cores, 16 to
-1024 tokens, a step takes .7 to 1 times as long as by PyTorch's operations (in bfloat16 .5 to 1.05), beyond 1 to 1.7."""
+MOST_TRAINED = 130_000
+"""Multiply-adds for a token up to which the compiled kernel trains a layer of at most `WIDEST_TRAINED` inputs: a step
+takes .7 to 1.05 times as long as by PyTorch's operations (in bfloat16 .5 to 1), beyond up to 1.7."""
 FEW_BYTES = 2**16
 """Between products all is kept if it is at most this large: PyTorch's derivatives take less calls than ours."""
 

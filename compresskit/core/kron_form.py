@@ -4,13 +4,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import final
 
-from compresskit.core.native import Native, Plan, first_axis, last_axis, swap
+from compresskit.core.native import WIDEST_TRAINED, Native, Plan, first_axis, last_axis, swap
 
 MOST_TRAINED = 300_000
-"""Numbers of the wide factors of all terms up to which the compiled kernel trains a layer of at most so many ..."""
-WIDEST_TRAINED = 1536
-"""... inputs. Measured on 2 cores, 16 to 1024 tokens: steps take .5 to 1.06 times as long as by PyTorch, and for wider
-inputs up to 1.5 times."""
+"""Numbers of the wide factors of all terms up to which the compiled kernel trains a layer of at most `WIDEST_TRAINED`
+inputs: steps take .5 to 1.06 times as long as by PyTorch."""
 MOST_TRAINED_HALF, WIDE_TRAINED_HALF = 2**19, 150_000
 """Likewise in bfloat16, of at most so many inputs and of more: .4 to 1.1 times, wider ones .6 to 1.2."""
 

@@ -53,9 +53,9 @@ constexpr int64_t GRAIN = 150000;           // multiply-adds that are worth anot
 constexpr int64_t LARGE = 600000;           // multiply-adds of a token from which threads share each step if there are ...
 constexpr int64_t FEW_ROWS = 96;            // ... fewer rows for each: all would read all of the factors
 
-std::atomic<int64_t> computed[2];  // chains that were computed, and back
-
 constexpr int64_t SUMS = 1 << 22;           // numbers of gradients of factors that all threads together may add up
+
+std::atomic<int64_t> computed[2];  // chains that were computed, and back: for tests
 
 #include "native_products.hpp"
 

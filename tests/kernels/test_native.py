@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import compresskit
 from compresskit.core import native_build
-from compresskit.core.kron_form import MOST_TRAINED, WIDEST_TRAINED
-from compresskit.core.native import kernel
+from compresskit.core.kron_form import MOST_TRAINED
+from compresskit.core.native import WIDEST_TRAINED, kernel
 from compresskit.decompositions.svd import LowRank
 from compresskit.errors import KernelError
 from tests.kernels.cases import SMALL, WIDE, error, exact, gradients, layer_of, structure_of
@@ -264,7 +264,6 @@ def test_a_plan_that_does_not_fit_is_refused(shape, factors, plan, bias, match, 
 
 LATER = """
 import torch, compresskit
-from compresskit.core.kron_form import MOST_TRAINED, WIDEST_TRAINED
 from compresskit.core.native import kernel
 layer = compresskit.SVD().fit(torch.randn(64, 64), ratio=4).to_module()
 x = torch.randn(3, 64)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import compresskit
-from compresskit.core.kron_form import MOST_TRAINED_HALF, WIDE_TRAINED_HALF, WIDEST_TRAINED
-from compresskit.core.native import kernel
+from compresskit.core.kron_form import MOST_TRAINED_HALF, WIDE_TRAINED_HALF
+from compresskit.core.native import WIDEST_TRAINED, kernel
 from compresskit.decompositions.svd import LowRank
 from tests.kernels.cases import error, exact, gradients, layer_of, structure_of
 from tests.kernels.test_native import CHAINS, KRONECKER, others

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import compresskit
 from compresskit.core.native import kernel
+from compresskit.decompositions.svd import LowRank
 from tests.kernels.cases import error, gradients, layer_of, structure_of
 
 
@@ -227,6 +228,30 @@ def test_steps_of_all_kinds_are_derived_twice(kernel_folder):
     torch.testing.assert_close(y, by_hand(x, *factors, bias), rtol=1e-4, atol=1e-4)
     for ours, theirs in zip(seconds(y), seconds(by_hand(x, *factors, bias)), strict=True):
         assert error(ours, theirs.double()) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 4], indirect=True)
+@pytest.mark.parametrize("tokens", [0, 1, 9, 900])
+def test_sums_do_not_begin_with_what_memory_held(tokens, threads, dtype, half):
+    """PyTorch fills what is not written yet with what is no number."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        for structure in (
+            structure_of((4, 2), (34, 40), 1, False),
+            structure_of((2, 4), (34, 40), 2, True),
+            LowRank(96, 80, 16),
+        ):
+            layer, x = layer_of(structure, dtype), torch.randn(tokens, structure.cols).to(dtype)
+            upstream = torch.randn(tokens, structure.rows).to(dtype)
+            count = 1 + len(list(layer.parameters()))
+            for wanted in ([True] * count, *([k == one for k in range(count)] for one in range(count))):
+                found = gradients(layer, x, upstream, wanted)
+                assert all(gradient.isfinite().all() for gradient in found)
+                assert tokens or not any(gradient.any() for gradient in found)
+            assert half() == (1 + count, 1 + count)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_threads_go_back_at_once(layer, native):
