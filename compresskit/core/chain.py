@@ -6,6 +6,7 @@ again: never the last product, and never what leads to an intermediate that is k
 """
 
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,9 @@ from compresskit.errors import StructureError
 
 MOST_TRAINED = 130_000
 """Multiply-adds for a token up to which the compiled kernel trains a layer of at most `WIDEST_TRAINED` inputs: a step
-takes .7 to 1.05 times as long as by PyTorch's operations (in bfloat16 .5 to 1), beyond up to 1.7."""
+takes .7 to 1.05 times as long as by PyTorch's operations, beyond up to 1.7."""
+MOST_TRAINED_HALF = 150_000
+"""The same in bfloat16: .5 to .95 times as long, beyond up to 2.4."""
 FEW_BYTES = 2**16
 """Between products all is kept if it is at most this large: PyTorch's derivatives take less calls than ours."""
 
@@ -176,9 +179,13 @@ class Chain:
         plans = [plan for step in self.steps if (plan := step.native_plan) is not None]
         if len(plans) < len(self.steps):
             return None
-        trains = self.cols <= WIDEST_TRAINED and sum(step.macs for step in self.steps) <= MOST_TRAINED
-        factors = tuple(step.factor for step in self.steps)
-        return Native(tuple(itertools.chain.from_iterable(plans)), factors, trains=trains, trains_half=trains)
+        macs = sum(step.macs for step in self.steps) if self.cols <= WIDEST_TRAINED else math.inf
+        return Native(
+            tuple(itertools.chain.from_iterable(plans)),
+            tuple(step.factor for step in self.steps),
+            trains=macs <= MOST_TRAINED,
+            trains_half=macs <= MOST_TRAINED_HALF,
+        )
 
     def run(self, x: Tensor, factors: Mapping[str, Factor], bias: Tensor | None = None) -> Tensor:
         """x (..., cols) -> (..., rows), plus bias (rows,).

@@ -19,7 +19,6 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/native/CPUBlas.h>
 #include <ATen/ops/empty.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -27,9 +26,11 @@
 #include <torch/csrc/autograd/forward_grad.h>
 #include <torch/library.h>
 
-#if defined(__AVX512F__) && defined(CPUBLAS_BRGEMM_BF16BF16F32)
+#if defined(__linux__) && defined(__AVX512BW__) && defined(__AVX512BF16__) && defined(__AMX_BF16__)
 #define COMPRESSKIT_HALF
 #include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #include <algorithm>
@@ -92,7 +93,7 @@ void run(const Step& step, int64_t n, const float* x, float* y, const float* bia
     at::parallel_for(0, n, std::max<int64_t>(1, GRAIN / (ins + step.macs())), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t)
         if (step.kind == FIRST)
-          mix(step.factor, step.a, step.b, x + t * ins, y + t * outs, bias, step.c);
+          mix(step.factor, step.a, step.b, x + t * ins, Written{y + t * outs}, bias, step.c);
         else
           swap(x + t * ins, y + t * outs, step.a, step.b);
     });
@@ -194,6 +195,7 @@ struct Wanted {
   }
 };
 
+#include "native_tiles.hpp"
 #include "native_half.hpp"
 
 at::Tensor chain(const at::Tensor& x, at::TensorList factors, at::IntArrayRef plan, const std::optional<at::Tensor>& bias) {
@@ -396,7 +398,7 @@ std::vector<at::Tensor> chain_backward(const at::Tensor& grad, const at::Tensor&
 // Whether bfloat16 is for the kernel, too
 bool half_products() {
 #if defined(COMPRESSKIT_HALF)
-  return at::native::cpublas::could_pack(at::kBFloat16);
+  return half::may_use_units();
 #else
   return false;
 #endif

@@ -25,14 +25,14 @@ Plan = tuple[int, ...]
 
 
 HALF_LARGEST = 2**20
-"""Numbers of a factor from which PyTorch's own products are as fast in bfloat16, ..."""
-HALF_FEW = 64
-"""... unless so few rows are multiplied by it; as `FEW_ROWS` in native_half.hpp."""
+"""Numbers of a factor from which PyTorch's own products are as fast in bfloat16 or faster, ..."""
+HALF_FEW, HALF_MANY = 64, 256
+"""... unless at most so few rows, as `FEW_ROWS` in native_half.hpp, or at least so many are multiplied by it."""
 WIDEST_TRAINED = 1536
 """Inputs up to which the kernel trains a layer in float32: measured on 2 cores, 16 to 1024 tokens; steps of wider ones
 take up to 1.5 times as long as by PyTorch."""
-HALF_PLAIN = 256
-"""Tokens from which PyTorch is as fast at products with nothing between them."""
+HALF_DEPTH = 32
+"""Numbers that the units add up at once; fewer have to be pairs. As `DEPTH` in native_tiles.hpp."""
 
 
 @final
@@ -69,11 +69,6 @@ class Native:
         return tuple(self.factors.index(name) for name in self.backward_factors or self.factors)
 
     @cached_property
-    def _plain(self) -> bool:
-        """Whether products of the last axis are all there is, of whole tokens."""
-        return all(kind == LAST and groups == 1 for kind, groups, _, _ in _steps(self.plan))
-
-    @cached_property
     def _rows(self) -> int:
         """In how many rows products of the last axis cut a token at least."""
         return min((groups for kind, groups, _, _ in _steps(self.plan) if kind == LAST), default=1)
@@ -85,16 +80,14 @@ class Native:
 
     @cached_property
     def _fits(self) -> bool:
-        """Whether the matrix units are good at the products of the last axis."""
-        multiple = 16 if self._plain else 8
-        return all(_fit(ins, multiple) for kind, _, ins, _ in _steps(self.plan) if kind == LAST)
+        """Whether the matrix units can add up over the sides of its factors."""
+        return all(_pairs(ins) for kind, _, ins, _ in _steps(self.plan) if kind == LAST)
 
     @cached_property
-    def _pairs(self) -> bool:
-        """Whether the sides of its factors that the units add up over, there and back, are even."""
-        there = [ins for kind, _, ins, _ in _steps(self.plan) if kind == LAST]
-        back = [side for kind, _, *sides in _steps(self.way_back(torch.bfloat16)) if kind == LAST for side in sides]
-        return all(side % 2 == 0 for side in (*there, *back))
+    def _fits_back(self) -> bool:
+        """The same on the way back, where they add up over both sides."""
+        steps = _steps(self.way_back(torch.bfloat16))
+        return self._fits and all(_pairs(side) for kind, _, *sides in steps if kind == LAST for side in sides)
 
     @cached_property
     def half_ever(self) -> bool:
@@ -102,17 +95,11 @@ class Native:
         return self._fits or self.takes_half(1, training=True)
 
     def takes_half(self, tokens: int, *, training: bool = False) -> bool:
-        """Whether so many tokens in bfloat16 are for the kernel.
-
-        Measured: rows that end oddly within a tile of the matrix units are multiplied up to ten times as slowly;
-        factors that no cache holds and plain products of many tokens are as fast by PyTorch. In training PyTorch is
-        slow at odd ends, too.
-        """
+        """Whether so many tokens in bfloat16 are for the kernel; measured on 2 cores."""
         if training:
-            return self.trains_half and self._pairs
-        if not self._fits or tokens * self._rows <= HALF_FEW:
-            return self._fits
-        return self._largest < HALF_LARGEST and not (self._plain and tokens > HALF_PLAIN)
+            return self.trains_half and self._fits_back
+        rows = tokens * self._rows
+        return self._fits and (self._largest < HALF_LARGEST or not HALF_FEW < rows < HALF_MANY)
 
 
 LAST, FIRST, SWAP = range(3)
@@ -123,9 +110,8 @@ def _steps(plan: Plan) -> list[tuple[int, int, int, int]]:
     return [(plan[i], plan[i + 1], plan[i + 2], plan[i + 3]) for i in range(0, len(plan), 4)]
 
 
-def _fit(side: int, multiple: int) -> bool:
-    """Whether so many numbers are added up quickly: in pairs, and in whole parts of a tile where they are many."""
-    return side % multiple == 0 or (multiple == 8 and side % 2 == 0 and side < 64)
+def _pairs(side: int) -> bool:
+    return side % 2 == 0 or side >= HALF_DEPTH
 
 
 def last_axis(groups: int, ins: int, outs: int) -> Plan:

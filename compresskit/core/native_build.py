@@ -25,7 +25,8 @@ from compresskit.errors import KernelError
 
 SOURCE = Path(__file__).with_name("native.cpp")
 INCLUDED = tuple(
-    SOURCE.with_name(f"native_{part}.hpp") for part in ("products", "half", "half_backward", "training", "python")
+    SOURCE.with_name(f"native_{part}.hpp")
+    for part in ("products", "tiles", "half", "half_backward", "training", "python")
 )
 COMPILERS = ("c++", "g++", "clang++")
 TIMEOUT_S = 300

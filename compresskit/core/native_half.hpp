@@ -1,21 +1,19 @@
-// bfloat16 for native.cpp: large products by the matrix units of the processor (PyTorch's brgemm) with sums in float32,
+// bfloat16 for native.cpp: large products by the matrix units of the processor (native_tiles.hpp) with sums in float32,
 // everything between two of them in float32. Only where the processor has instructions for it: see `half_products`.
 
 #if defined(COMPRESSKIT_HALF)
 
 namespace half {
 
-using Half = at::BFloat16;
-
-constexpr int64_t PANEL = 64;            // columns of a packed factor that lie together
-constexpr int64_t TILE = 16;          // columns that the units read at once
-constexpr int64_t GRAIN = 1 << 20;    // multiply-adds that are worth another thread
+constexpr int64_t GRAIN = 3 << 20;    // multiply-adds of the units that are worth another thread
+constexpr int64_t FEW_GRAIN = 1 << 20;  // the same where a factor is read once
+constexpr int64_t MIXED = 8;          // multiply-adds of the units that take as long as one of the others
 constexpr int64_t FEW_ROWS = 64;      // of a product up to which its input is packed and not its factor
-constexpr int64_t SOME_ROWS = 64;     // of a product whose sums are rounded at once, while they are at hand
-constexpr int64_t BLOCK_ROWS = 64;    // of a large product
-constexpr int64_t BLOCK_NUMBERS = 1 << 15;
+constexpr int64_t BLOCK_ROWS = 128;   // of a large product
+constexpr int64_t BLOCK_NUMBERS = 1 << 14;
 constexpr int64_t MIXED_NUMBERS = 1 << 13;  // in float32 between steps of other kinds: for the first-level cache
 constexpr int64_t PACK_GRAIN = 1 << 16;  // numbers to pack that are worth another thread
+constexpr int64_t OWN_NUMBERS = 1 << 17;  // up to which each thread packs for itself, before it would fetch them from another
 
 void widen(const Half* x, float* y, int64_t count) {
   const auto* bits = reinterpret_cast<const uint16_t*>(x);
@@ -31,94 +29,68 @@ void narrow(const float* x, const float* added, Half* y, int64_t count) {
   for (; i < count; ++i) to.put(i, x[i]);
 }
 
-// y (16, 16) = x (16, 16).T, rows `x_step` and `y_step` apart; the first `some` rows of y. Numbers are moved, never
-// computed with: they may be pairs of others.
-inline void transpose(const float* x, int64_t x_step, float* y, int64_t y_step, int64_t some = TILE) {
-  Lanes now[TILE];
-  for (int v = 0; v < TILE; ++v) now[v] = *(const Lanes*)(x + v * x_step);
-  interleave<TILE>(now);
-  for (int v = 0; v < some; ++v) *(Lanes*)(y + v * y_step) = now[v];
+inline std::vector<Room<Half>>& at_least(std::vector<Room<Half>>& rooms, size_t count) {
+  if (rooms.size() < count) rooms.resize(count);
+  return rooms;
 }
 
-// Rows of `ins` numbers as the units read a right side `width` wide: pairs of one row beside each other, zeros for rows
-// that are not there
-void pack(const Half* x, int64_t rows, int64_t ins, int64_t width, Half* y) {
-  const auto* from = reinterpret_cast<const float*>(x);
-  auto* to = reinterpret_cast<float*>(y);
-  const int64_t pairs = ins / 2;
-  for (int64_t r = 0; r < width; r += TILE) {
-    int64_t i = 0;
-    if (r + TILE <= rows)
-      for (; i + TILE <= pairs; i += TILE) transpose(from + r * pairs + i, pairs, to + i * width + r, width);
-    for (; i < pairs; ++i)
-      for (int64_t v = r; v < r + TILE; ++v)
-        if (v < rows)
-          std::memcpy(to + i * width + v, from + v * pairs + i, sizeof(float));
-        else
-          to[i * width + v] = 0;
+// A factor (outs, ins) of the last axis as the right side of products, on the way there or, `back`, on the one back
+struct Right {
+  const Half* factor = nullptr;
+  int64_t outs = 0, ins = 0;
+  bool back = false;
+  const Half* shared = nullptr;
+
+  Packing packing() const { return back ? Packing{outs, ins} : Packing{ins, outs}; }
+
+  void pack(int64_t begin, int64_t end, Half* to) const {
+    back ? pack_rows(packing(), factor, ins, outs, begin, end, to) : pack_columns(packing(), factor, begin, end, to);
   }
-}
 
-// A step of the last axis: its factor (outs, ins), and the same in panels, each (ins / 2, PANEL, 2), without any for few rows
-struct Wide {
-  const Half* factor;
-  const Half* packed = nullptr;
+  // Packs a large one by all threads for all of them
+  void share(Room<Half>& room) {
+    if (outs * ins <= OWN_NUMBERS) return;
+    const Packing right = packing();
+    const int64_t of_each = 2 * right.tiles() * PACKED;
+    Half* to = room.of(right.numbers());
+    at::parallel_for(0, (right.columns() + 1) / 2, 1 + PACK_GRAIN / of_each, [&](int64_t begin, int64_t end) {
+      pack(begin * PAIR, std::min(right.width, end * PAIR), to + begin * of_each);
+    });
+    shared = to;
+  }
+
+  // The packed one, a small one by this thread for itself
+  const Half* here(Room<Half>& room) const {
+    if (shared) return shared;
+    Half* to = room.of(packing().numbers());
+    pack(0, packing().width, to);
+    return to;
+  }
 };
 
-// All panels of a right side (depth, width), each by `pack_panel(first column, where to)`
-template <typename PackPanel>
-void pack_panels(int64_t width, int64_t depth, Wide& wide, Room<Half>& room, const PackPanel& pack_panel) {
-  const int64_t panels = (width + PANEL - 1) / PANEL;
-  Half* to = room.of(panels * PANEL * depth);
-  at::parallel_for(0, panels, 1 + PACK_GRAIN / (PANEL * depth), [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) pack_panel(p * PANEL, to + p * PANEL * depth);
-  });
-  wide.packed = to;
-}
-
-void pack_all(const Step& step, Wide& wide, Room<Half>& room) {
-  pack_panels(step.c, step.b, wide, room, [&](int64_t column, Half* to) {
-    pack(wide.factor + column * step.b, std::min(PANEL, step.c - column), step.b, PANEL, to);
-  });
-}
-
-void panel(int64_t rows, const Step& step, const Half* a, const Wide& wide, int64_t at, float* c, int64_t c_step) {
-  at::native::cpublas::brgemm(rows, std::min(PANEL, step.c - at), step.b, step.b, PANEL, c_step, false, a,
-                              wide.packed + at * step.b, c);
-}
-
-// c (rows, outs) = a (rows, ins) @ factor.T
-void multiply(int64_t rows, const Step& step, const Half* a, const Wide& wide, float* c) {
-  for (int64_t p = 0; p < step.c; p += PANEL) panel(rows, step, a, wide, p, c + p, step.c);
+// c (rows, outs) = a (rows, ins) @ factor.T, packed
+void multiply(int64_t rows, const Step& step, const Half* a, const Half* right, float* c) {
+  product(rows, Packing{step.b, step.c}, a, step.b, right, Sums{c, step.c, step.c, false});
 }
 
 // The same plus `added`, which begins anew after `step.a` rows and may be null, rounded
-void multiply_round(int64_t rows, const Step& step, const Half* a, const Wide& wide, const float* added, Half* c) {
-  alignas(64) float sums[SOME_ROWS * PANEL];
-  for (int64_t r = 0; r < rows; r += SOME_ROWS) {
-    const int64_t some = std::min(SOME_ROWS, rows - r);
-    for (int64_t p = 0; p < step.c; p += PANEL) {
-      panel(some, step, a + r * step.b, wide, p, sums, PANEL);
-      for (int64_t k = 0; k < some; ++k)
-        narrow(sums + k * PANEL, added ? added + (r + k) % step.a * step.c + p : nullptr, c + (r + k) * step.c + p,
-               std::min(PANEL, step.c - p));
-    }
-  }
+void multiply_round(int64_t rows, const Step& step, const Half* a, const Half* right, const float* added, Half* c) {
+  product(rows, Packing{step.b, step.c}, a, step.b, right, RoundedSums{c, step.c, added, step.a});
 }
 
 // The same of few rows, where packing the factor would take most of the time: factor @ a.T, by all threads
-void multiply_few(int64_t rows, const Step& step, const Half* a, const Wide& wide, float* c) {
+void multiply_few(int64_t rows, const Step& step, const Half* a, const Half* factor, float* c) {
   const int64_t outs = step.c, ins = step.b, width = (rows + TILE - 1) / TILE * TILE;
+  const Packing right{ins, rows};
   thread_local Room<Half> packed;
-  Half* right = packed.of(width * ins);
-  pack(a, rows, ins, width, right);
-  at::parallel_for(0, (outs + TILE - 1) / TILE, 1 + GRAIN / (width * ins * TILE), [&](int64_t begin, int64_t end) {
+  Half* to = packed.of(right.numbers());
+  pack_columns(right, a, 0, rows, to);
+  at::parallel_for(0, (outs + TILE - 1) / TILE, 1 + FEW_GRAIN / (width * ins * TILE), [&](int64_t begin, int64_t end) {
     thread_local Room<float> room;
     const int64_t first = begin * TILE, after = std::min(outs, end * TILE);
     float* turned = room.of((end - begin) * TILE * width);
-    at::native::cpublas::brgemm(after - first, width, ins, ins, width, width, false, wide.factor + first * ins, right,
-                                turned);
-    at::native::cpublas::brgemm_release();  // by each thread: others of PyTorch's products set up the units anew
+    product(after - first, right, factor + first * ins, ins, to, Sums{turned, width, width, false});
+    _tile_release();
     for (int64_t o = first; o < after; o += TILE)
       for (int64_t r = 0; r < rows; r += TILE) {
         const float* from = turned + (o - first) * width + r;
@@ -137,7 +109,7 @@ void multiply_few(int64_t rows, const Step& step, const Half* a, const Wide& wid
 struct Segment {
   const Step* steps;
   int64_t first, count = 0, at = 0;  // its first step and how many; where what comes in is kept, for one token
-  Wide there, back;
+  const Half* factor = nullptr;  // of a product
   std::vector<std::vector<float>> small, turned;  // factors of the first axis, and transposed
 
   bool multiplies() const { return steps->kind == LAST; }
@@ -156,7 +128,7 @@ std::vector<Segment> segments_of(const Chain& made, std::vector<Step>& steps) {
     ++segment.count;
     const Half* factor = step.kind == SWAP ? nullptr : made.held[made.factor_of[i]].const_data_ptr<Half>();
     if (step.kind == LAST) {
-      segment.there.factor = segment.back.factor = factor;
+      segment.factor = factor;
       continue;
     }
     segment.small.emplace_back(factor ? step.a * step.b : 0);
@@ -183,40 +155,40 @@ struct Chunk {
   }
 };
 
+// A step of another kind of one token
+template <typename In, typename Out>
+void mix_step(const Step& step, const In* x, Out y) {
+  if (step.kind == FIRST)
+    mix(step.factor, step.a, step.b, x, y, nullptr, step.c);
+  else
+    swap(x, y, step.a, step.b);
+}
+
 // Steps of other kinds of n tokens, plus `added`, which may be null, rounded
 template <typename In>
 void mix_segment(const Segment& segment, int64_t n, const In* x, const float* added, Half* y) {
   const int64_t ins = segment.ins(), outs = segment.outs(), last = segment.count - 1;
-  const Chunk chunk(segment, 0);
-  for (int64_t t = 0; t < n; t += chunk.tokens) {
-    const int64_t some = std::min(chunk.tokens, n - t);
-    const float* in = nullptr;
-    int64_t i = 0;
-    const auto next = [&] { return chunk.halves[i % 2]; };
-    if (const Step& step = *segment.steps; step.kind == SWAP && last > 0) {
-      for (int64_t k = 0; k < some; ++k) swap(x + (t + k) * ins, Written{next() + k * ins}, step.a, step.b);
-      in = next(), ++i;
-    } else if constexpr (std::is_same_v<In, float>) {
-      in = x + t * ins;
-    } else if (last > 0 || step.kind != SWAP) {
-      widen(x + t * ins, chunk.halves[1], some * ins);
-      in = chunk.halves[1];
+  const Chunk room(segment, 0);
+  for (int64_t t = 0; t < n; ++t)
+    for (int64_t i = 0; i <= last; ++i) {
+      const Step& step = segment.steps[i];
+      const auto to = [&](auto out) {
+        i == 0 ? mix_step(step, x + t * ins, out) : mix_step(step, room.halves[1 - i % 2], out);
+      };
+      i == last ? to(Rounded{y + t * outs, added}) : to(Written{room.halves[i % 2]});
     }
-    for (; i < last; ++i) {
-      run(segment.steps[i], some, in, next(), nullptr);
-      in = next();
-    }
-    const Step& step = segment.steps[last];
-    if (step.kind != SWAP) {
-      run(step, some, in, next(), nullptr);
-      for (int64_t k = 0; k < some; ++k) narrow(next() + k * outs, added, y + (t + k) * outs, outs);
-      continue;
-    }
-    for (int64_t k = 0; k < some; ++k) {
-      const Rounded to{y + (t + k) * outs, added};
-      in ? swap(in + k * outs, to, step.a, step.b) : swap(x + (t + k) * outs, to, step.a, step.b);
-    }
-  }
+}
+
+inline void check_depth(int64_t depth) {
+  TORCH_CHECK(depth % 2 == 0 || depth >= DEPTH, "compresskit: bfloat16 is multiplied in pairs, and ", depth, " is odd");
+}
+
+// Of a token, in multiply-adds of the units
+int64_t work_of(const Chain& made) {
+  int64_t work = 0;
+  for (const Step& step : made.steps)
+    work += step.kind == LAST ? step.macs() : MIXED * (step.kind == FIRST ? step.macs() : step.ins());
+  return work;
 }
 
 at::Tensor chain(Chain& made, const at::Tensor& x, const std::optional<at::Tensor>& bias) {
@@ -234,21 +206,26 @@ at::Tensor chain(Chain& made, const at::Tensor& x, const std::optional<at::Tenso
   std::vector<Step> steps;
   std::vector<Segment> segments = segments_of(made, steps);
   const size_t count_segments = segments.size();
-  thread_local std::vector<Room<Half>> packed;
-  if (packed.size() < count_segments) packed.resize(count_segments);
+  std::vector<Right> rights(count_segments);
+  thread_local std::vector<Room<Half>> shared;
   int64_t between = cols;
   for (size_t k = 0; k < count_segments; ++k) {
     between = std::max(between, segments[k].outs());
     if (!segments[k].multiplies()) continue;
     const Step& step = *segments[k].steps;
-    TORCH_CHECK(step.b % 2 == 0, "compresskit: bfloat16 is multiplied in pairs, and ", step.b, " is odd");
-    if (!few) pack_all(step, segments[k].there, packed[k]);
+    check_depth(step.b);
+    rights[k] = {segments[k].factor, step.c, step.b, false};
+    if (!few) rights[k].share(at_least(shared, count_segments)[k]);
   }
 
   const int64_t block = std::min(n, std::max({int64_t(1), BLOCK_NUMBERS / between, BLOCK_ROWS / made.groups}));
-  at::parallel_for(0, n, few ? n : std::max<int64_t>(1, GRAIN / made.macs), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, n, few ? n : std::max<int64_t>(1, GRAIN / work_of(made)), [&](int64_t begin, int64_t end) {
     thread_local Room<float> room;
     thread_local Room<Half> half_rooms[2];
+    thread_local std::vector<Room<Half>> own;
+    std::vector<const Half*> right(count_segments);
+    for (size_t k = 0; k < count_segments; ++k)
+      if (segments[k].multiplies()) right[k] = few ? segments[k].factor : rights[k].here(at_least(own, count_segments)[k]);
     float* const sums = room.of(block * between);
     Half* const rounded[2] = {half_rooms[0].of(block * between), half_rooms[1].of(block * between)};
     for (int64_t t = begin; t < end; t += block) {
@@ -263,9 +240,9 @@ at::Tensor chain(Chain& made, const at::Tensor& x, const std::optional<at::Tenso
         if (!segment->multiplies()) {
           mix_segment(*segment, count, in, plus, out);
         } else if (!few && !mixes_next) {
-          multiply_round(count * segment->steps->a, *segment->steps, in, segment->there, plus, out);
+          multiply_round(count * segment->steps->a, *segment->steps, in, right[k], plus, out);
         } else {
-          (few ? multiply_few : multiply)(count * segment->steps->a, *segment->steps, in, segment->there, sums);
+          (few ? multiply_few : multiply)(count * segment->steps->a, *segment->steps, in, right[k], sums);
           if (mixes_next) {
             mix_segment(segments[++k], count, sums, plus, out);
           } else {
@@ -276,7 +253,7 @@ at::Tensor chain(Chain& made, const at::Tensor& x, const std::optional<at::Tenso
         in = out;
       }
     }
-    at::native::cpublas::brgemm_release();
+    _tile_release();
   });
   return y;
 }

@@ -4,23 +4,9 @@
 
 namespace half {
 
-constexpr int64_t DEPTH = 32;               // rows that the units add up at once
+constexpr int64_t SUMMED_COLUMNS = 64;      // that are packed at once
 constexpr int64_t SUMMED_ROWS = 256;        // of a sum over tokens: with less, most of the time goes into adding to it
 constexpr int64_t SUMMED_NUMBERS = 1 << 18;
-
-// A panel, `some` columns from x on, of rows (rows, width) as the units read a right side that is summed over its rows:
-// (depth / 2, PANEL, 2), zeros for rows that are not there
-void pack_rows(const Half* x, int64_t rows, int64_t depth, int64_t width, int64_t some, Half* y) {
-  const auto* even = reinterpret_cast<const uint16_t*>(x);
-  auto* to = reinterpret_cast<uint32_t*>(y);
-  for (int64_t k = 0; k < depth; k += 2, to += PANEL, even += 2 * width) {
-    const uint16_t* odd = even + width;
-    if (k + 1 < rows)
-      for (int64_t j = 0; j < some; ++j) to[j] = even[j] | uint32_t(odd[j]) << 16;
-    else
-      for (int64_t j = 0; j < some; ++j) to[j] = k < rows ? even[j] : 0;
-  }
-}
 
 // y (width, depth) = x (rows, width).T, zeros for rows that are not there
 void turn(const Half* x, int64_t rows, int64_t depth, int64_t width, Half* y) {
@@ -44,22 +30,16 @@ void turn(const Half* x, int64_t rows, int64_t depth, int64_t width, Half* y) {
     }
 }
 
-void pack_back(const Step& step, Wide& wide, Room<Half>& room) {
-  pack_panels(step.b, step.c, wide, room, [&](int64_t column, Half* to) {
-    pack_rows(wide.factor + column, step.c, step.c, step.b, std::min(PANEL, step.b - column), to);
-  });
-}
-
 // sums (outs, ins) += g (rows, outs).T @ x (rows, ins), or, the first time, that alone
 void add_products(const Step& step, int64_t rows, const Half* g, const Half* x, float* sums, bool first) {
   thread_local Room<Half> left_room, right_room;
   const int64_t depth = (rows + DEPTH - 1) / DEPTH * DEPTH;
-  Half *left = left_room.of(step.c * depth), *right = right_room.of(PANEL * depth);
+  Half *left = left_room.of(step.c * depth), *packed = right_room.of(SUMMED_COLUMNS * depth);
   turn(g, rows, depth, step.c, left);
-  for (int64_t p = 0; p < step.b; p += PANEL) {
-    const int64_t some = std::min(PANEL, step.b - p);
-    pack_rows(x + p, rows, depth, step.b, some, right);
-    at::native::cpublas::brgemm(step.c, some, depth, depth, PANEL, step.b, !first, left, right, sums + p);
+  for (int64_t p = 0; p < step.b; p += SUMMED_COLUMNS) {
+    const Packing right{depth, std::min(SUMMED_COLUMNS, step.b - p)};
+    pack_rows(right, x + p, step.b, rows, 0, right.width, packed);
+    product(step.c, right, left, depth, packed, Sums{sums + p, right.width, step.b, !first});
   }
 }
 
@@ -121,8 +101,8 @@ std::vector<at::Tensor> chain_backward(Chain& made, const at::Tensor& grad, cons
 
   std::vector<Step> steps;
   std::vector<Segment> segments = segments_of(made, steps);
-  thread_local std::vector<Room<Half>> packed;
-  if (packed.size() < 2 * segments.size()) packed.resize(2 * segments.size());
+  std::vector<Right> rights(2 * segments.size());  // of each segment there and back; without a factor what is not needed
+  thread_local std::vector<Room<Half>> shared;
   int64_t kept = 0, most = cols;
   for (size_t k = 0; k < segments.size(); ++k) {
     Segment& segment = segments[k];
@@ -138,15 +118,17 @@ std::vector<at::Tensor> chain_backward(Chain& made, const at::Tensor& grad, cons
       continue;
     }
     const Step& step = *segment.steps;
-    TORCH_CHECK(step.b % 2 == 0 && step.c % 2 == 0, "compresskit: bfloat16 is multiplied in pairs, and one of ", step.b,
-                " and ", step.c, " is odd");
-    if (segment.first < wanted.highest) pack_all(step, segment.there, packed[2 * k]);
-    if (segment.first > wanted.lowest || needs[0]) pack_back(step, segment.back, packed[2 * k + 1]);
+    check_depth(step.b);
+    check_depth(step.c);
+    if (segment.first < wanted.highest) rights[2 * k] = {segment.factor, step.c, step.b, false};
+    if (segment.first > wanted.lowest || needs[0]) rights[2 * k + 1] = {segment.factor, step.c, step.b, true};
+    for (size_t i = 2 * k; i < 2 * k + 2; ++i)
+      if (rights[i].factor) rights[i].share(at_least(shared, rights.size())[i]);
   }
 
   const int64_t rows_at_once = (SUMMED_ROWS + made.groups - 1) / made.groups;
   const int64_t block = std::min(n, (std::max(SUMMED_NUMBERS / (kept + 2 * most), rows_at_once) + DEPTH - 1) / DEPTH * DEPTH);
-  const int64_t grain = std::max<int64_t>(1, GRAIN / (3 * made.macs));
+  const int64_t grain = std::max<int64_t>(1, GRAIN / (3 * work_of(made)));
   at::Tensor x_grad = at::empty(needs[0] ? x.sizes() : at::IntArrayRef{0}, x.options());
   Half* to = x_grad.mutable_data_ptr<Half>();
   const int sums_of = n <= grain ? 1 : at::get_num_threads();
@@ -163,6 +145,10 @@ std::vector<at::Tensor> chain_backward(Chain& made, const at::Tensor& grad, cons
     for (int64_t i = 0; i < count_steps; ++i)
       if (made.factor_of[i] >= 0 && needs[2 + made.factor_of[i]]) sum[i] = own + wanted.offsets[made.factor_of[i]];
     thread_local Room<Half> room;
+    thread_local std::vector<Room<Half>> own_rooms;
+    std::vector<const Half*> right(rights.size());
+    for (size_t i = 0; i < rights.size(); ++i)
+      if (rights[i].factor) right[i] = rights[i].here(at_least(own_rooms, rights.size())[i]);
     Half* scratch = room.of(block * (kept + 2 * most));
     Half* halves[2] = {scratch + block * kept, scratch + block * (kept + most)};
     for (int64_t t = begin; t < end; t += block) {
@@ -174,7 +160,7 @@ std::vector<at::Tensor> chain_backward(Chain& made, const at::Tensor& grad, cons
         const Segment& segment = segments[k];
         Half* out = into(segments[k + 1]);
         if (segment.multiplies())
-          multiply_round(count * segment.steps->a, *segment.steps, into(segment), segment.there, nullptr, out);
+          multiply_round(count * segment.steps->a, *segment.steps, into(segment), right[2 * k], nullptr, out);
         else
           mix_segment(segment, count, into(segment), nullptr, out);
       }
@@ -189,7 +175,7 @@ std::vector<at::Tensor> chain_backward(Chain& made, const at::Tensor& grad, cons
         if (segment.multiplies()) {
           const Step& step = *segment.steps;
           if (sum[segment.first]) add_products(step, count * step.a, g, into(segment), sum[segment.first], t == begin);
-          if (out) multiply_round(count * step.a, Step{LAST, step.a, step.c, step.b, nullptr}, g, segment.back, nullptr, out);
+          if (out) multiply_round(count * step.a, Step{LAST, step.a, step.c, step.b, nullptr}, g, right[2 * k + 1], nullptr, out);
         } else {
           const int64_t lowest = std::max<int64_t>(0, wanted.lowest - segment.first);
           mix_back(segment, count, g, into(segment), sum.data() + segment.first, t == begin, out ? 0 : lowest, out);
@@ -197,7 +183,7 @@ std::vector<at::Tensor> chain_backward(Chain& made, const at::Tensor& grad, cons
         g = out;
       }
     }
-    at::native::cpublas::brgemm_release();
+    _tile_release();
   });
   return wanted.gradients(x_grad, sums, added, factors, needs);
 }

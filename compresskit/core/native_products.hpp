@@ -59,55 +59,90 @@ void multiply(int64_t rows, int64_t outs, int64_t ins, const float* a, const flo
   sgemm_("T", "N", &m, &n, &k, &one, factor, &k, a, &k, &beta, c, &m);
 }
 
+// What is read and written: float32 as it is
+inline Lanes lanes_at(const float* x) { return *(const Lanes*)x; }
+inline float number_at(const float* x) { return *x; }
+
+struct Written {
+  float* y;
+  Written from(int64_t at) const { return {y + at}; }
+  void put(int64_t at, Lanes value) const { *(Lanes*)(y + at) = value; }
+  void put(int64_t at, float value) const { y[at] = value; }
+};
+
+#if defined(COMPRESSKIT_HALF)
+// ... or bfloat16, which is float32 within; what is written is rounded, and `added`, which may be null, added before
+inline Lanes lanes_at(const at::BFloat16* x) {
+  return (Lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x)), 16);
+}
+inline float number_at(const at::BFloat16* x) { return *x; }
+
+struct Rounded {
+  at::BFloat16* y;
+  const float* added;
+  Rounded from(int64_t at) const { return {y + at, added ? added + at : nullptr}; }
+  void put(int64_t at, Lanes value) const {
+    if (added) value += *(const Lanes*)(added + at);
+#if defined(__AVX512BF16__)
+    _mm256_storeu_si256((__m256i*)(y + at), (__m256i)_mm512_cvtneps_pbh((__m512)value));
+#else
+    for (int l = 0; l < LANES; ++l) y[at + l] = at::BFloat16(value[l]);
+#endif
+  }
+  void put(int64_t at, float value) const { y[at] = at::BFloat16(added ? value + added[at] : value); }
+};
+#endif
+
 // ROWS rows and VECTORS vectors of a grid: sums stay in registers
-template <int ROWS, int VECTORS>
-inline void mix_tile(const float* factor, int64_t ins, const float* x, float* y, const float* bias, int64_t width) {
+template <int ROWS, int VECTORS, typename In, typename Out>
+inline void mix_tile(const float* factor, int64_t ins, const In* x, Out y, const float* bias, int64_t width) {
   Lanes sums[ROWS][VECTORS];
   for (int i = 0; i < ROWS; ++i)
     for (int v = 0; v < VECTORS; ++v)
       sums[i][v] = bias ? *(const Lanes*)(bias + i * width + v * LANES) : Lanes{};
   for (int64_t j = 0; j < ins; ++j) {
     Lanes in[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) in[v] = *(const Lanes*)(x + j * width + v * LANES);
+    for (int v = 0; v < VECTORS; ++v) in[v] = lanes_at(x + j * width + v * LANES);
     for (int i = 0; i < ROWS; ++i)
       for (int v = 0; v < VECTORS; ++v) sums[i][v] += factor[i * ins + j] * in[v];
   }
   for (int i = 0; i < ROWS; ++i)
-    for (int v = 0; v < VECTORS; ++v) *(Lanes*)(y + i * width + v * LANES) = sums[i][v];
+    for (int v = 0; v < VECTORS; ++v) y.put(i * width + v * LANES, sums[i][v]);
 }
 
-template <int ROWS>
-void mix_rows(const float* factor, int64_t ins, const float* x, float* y, const float* bias, int64_t width) {
+template <int ROWS, typename In, typename Out>
+void mix_rows(const float* factor, int64_t ins, const In* x, Out y, const float* bias, int64_t width) {
   constexpr int VECTORS = REGISTERS / ROWS;
   int64_t done = 0;
   for (; done + VECTORS * LANES <= width; done += VECTORS * LANES)
-    mix_tile<ROWS, VECTORS>(factor, ins, x + done, y + done, bias ? bias + done : nullptr, width);
+    mix_tile<ROWS, VECTORS>(factor, ins, x + done, y.from(done), bias ? bias + done : nullptr, width);
   for (; done + LANES <= width; done += LANES)
-    mix_tile<ROWS, 1>(factor, ins, x + done, y + done, bias ? bias + done : nullptr, width);
+    mix_tile<ROWS, 1>(factor, ins, x + done, y.from(done), bias ? bias + done : nullptr, width);
   if (done == width) return;
   if (width >= LANES) {  // some columns twice
     done = width - LANES;
-    mix_tile<ROWS, 1>(factor, ins, x + done, y + done, bias ? bias + done : nullptr, width);
+    mix_tile<ROWS, 1>(factor, ins, x + done, y.from(done), bias ? bias + done : nullptr, width);
     return;
   }
   for (int i = 0; i < ROWS; ++i)
     for (int64_t c = 0; c < width; ++c) {
       float sum = bias ? bias[i * width + c] : 0;
-      for (int64_t j = 0; j < ins; ++j) sum += factor[i * ins + j] * x[j * width + c];
-      y[i * width + c] = sum;
+      for (int64_t j = 0; j < ins; ++j) sum += factor[i * ins + j] * number_at(x + j * width + c);
+      y.put(i * width + c, sum);
     }
 }
 
-template <int ROWS>
-void mix_from(int64_t& row, int64_t outs, const float* factor, int64_t ins, const float* x, float* y, const float* bias,
+template <int ROWS, typename In, typename Out>
+void mix_from(int64_t& row, int64_t outs, const float* factor, int64_t ins, const In* x, Out y, const float* bias,
               int64_t width) {
   if constexpr (ROWS <= REGISTERS / 2)
     for (; row + ROWS <= outs; row += ROWS)
-      mix_rows<ROWS>(factor + row * ins, ins, x, y + row * width, bias ? bias + row * width : nullptr, width);
+      mix_rows<ROWS>(factor + row * ins, ins, x, y.from(row * width), bias ? bias + row * width : nullptr, width);
 }
 
 // y (outs, width) = factor (outs, ins) @ x (ins, width) + bias (outs, width)
-void mix(const float* factor, int64_t ins, int64_t outs, const float* x, float* y, const float* bias, int64_t width) {
+template <typename In, typename Out>
+void mix(const float* factor, int64_t ins, int64_t outs, const In* x, Out y, const float* bias, int64_t width) {
   int64_t row = 0;
   mix_from<8>(row, outs, factor, ins, x, y, bias, width);
   mix_from<4>(row, outs, factor, ins, x, y, bias, width);
@@ -136,38 +171,6 @@ inline Lanes zipped_late(Lanes a, Lanes b, std::index_sequence<I...>) {
 }
 
 constexpr auto each = std::make_index_sequence<LANES>{};
-
-// What transpositions read and write: float32 as it is
-inline Lanes lanes_at(const float* x) { return *(const Lanes*)x; }
-inline float number_at(const float* x) { return *x; }
-
-struct Written {
-  float* y;
-  void put(int64_t at, Lanes value) const { *(Lanes*)(y + at) = value; }
-  void put(int64_t at, float value) const { y[at] = value; }
-};
-
-#if defined(COMPRESSKIT_HALF)
-// ... or bfloat16, which is float32 within; what is written is rounded, and `added`, which may be null, added before
-inline Lanes lanes_at(const at::BFloat16* x) {
-  return (Lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x)), 16);
-}
-inline float number_at(const at::BFloat16* x) { return *x; }
-
-struct Rounded {
-  at::BFloat16* y;
-  const float* added;
-  void put(int64_t at, Lanes value) const {
-    if (added) value += *(const Lanes*)(added + at);
-#if defined(__AVX512BF16__)
-    _mm256_storeu_si256((__m256i*)(y + at), (__m256i)_mm512_cvtneps_pbh((__m512)value));
-#else
-    for (int l = 0; l < LANES; ++l) y[at + l] = at::BFloat16(value[l]);
-#endif
-  }
-  void put(int64_t at, float value) const { y[at] = at::BFloat16(added ? value + added[at] : value); }
-};
-#endif
 
 // (rows, SIDE) -> (SIDE, rows), SIDE a power of two: its bits move to the front, one in each round
 template <int SIDE, typename In, typename Out>
