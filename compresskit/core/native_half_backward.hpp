@@ -30,6 +30,20 @@ void turn(const Half* x, int64_t rows, int64_t depth, int64_t width, Half* y) {
     }
 }
 
+// sums (width) += all rows of g (rows, width)
+void add_rows(int64_t rows, int64_t width, const Half* g, float* sums) {
+  constexpr int64_t SOME = 4 * LANES;
+  int64_t c = 0;
+  for (; c + SOME <= width; c += SOME) {
+    Lanes total[4] = {};
+    for (int64_t r = 0; r < rows; ++r)
+      for (int v = 0; v < 4; ++v) total[v] += lanes_at(g + r * width + c + v * LANES);
+    for (int v = 0; v < 4; ++v) *(Lanes*)(sums + c + v * LANES) += total[v];
+  }
+  for (; c < width; ++c)
+    for (int64_t r = 0; r < rows; ++r) sums[c] += float(g[r * width + c]);
+}
+
 // sums (outs, ins) += g (rows, outs).T @ x (rows, ins), or, the first time, that alone
 void add_products(const Step& step, int64_t rows, const Half* g, const Half* x, float* sums, bool first) {
   thread_local Room<Half> left_room, right_room;
@@ -166,8 +180,7 @@ std::vector<at::Tensor> chain_backward(Chain& made, const at::Tensor& grad, cons
       }
       const Half* g = upstream + t * rows;
       if (needs[1])
-        for (int64_t k = 0; k < count; ++k)
-          for (int64_t c = 0; c < rows; ++c) own[wanted.bias_at + c] += float(g[k * rows + c]);
+        add_rows(count, rows, g, own + wanted.bias_at);
       for (int64_t k = segments.size() - 1; k >= 0 && segments[k].first + segments[k].count > wanted.lowest; --k) {
         const Segment& segment = segments[k];
         const bool ends = segment.first <= wanted.lowest && !needs[0];
