@@ -202,6 +202,7 @@ at::Tensor chain(const at::Tensor& x, at::TensorList factors, at::IntArrayRef pl
   ++computed[0];
 #if defined(COMPRESSKIT_HALF)
   if (x.scalar_type() == at::kBFloat16) {
+    half::check_units();
     Chain made(factors, plan, at::kBFloat16);
     return half::chain(made, x, bias);
   }
@@ -326,6 +327,7 @@ std::vector<at::Tensor> chain_backward(const at::Tensor& grad, const at::Tensor&
   ++computed[1];
 #if defined(COMPRESSKIT_HALF)
   if (x.scalar_type() == at::kBFloat16) {
+    half::check_units();
     Chain made(factors, plan, at::kBFloat16);
     return half::chain_backward(made, grad, x, factors, needs);
   }

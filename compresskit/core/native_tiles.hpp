@@ -33,6 +33,11 @@ inline bool may_use_units() {
   return syscall(SYS_arch_prctl, ASK, TILES) == 0;
 }
 
+inline void check_units() {
+  static const bool allowed = may_use_units();
+  TORCH_CHECK(allowed, "compresskit: the system does not let this process use the matrix units for bfloat16");
+}
+
 // The right side of a product, (depth, width): for each 16 columns and each 32 of depth a packed tile. Where depth is no
 // multiple of 32, the last tile begins earlier, at `at`, with zeros for what tiles before it have
 struct Packing {
