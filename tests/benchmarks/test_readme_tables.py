@@ -213,17 +213,21 @@ def of_first_seed(result):
     return result["configuration"]["seed"] == 0
 
 
+def column_of(result):
+    """Its preset; the rows of svd-kd are balanced, too."""
+    configuration, options = result["configuration"], (result["figures"].get("compress") or {}).get("options", {})
+    full = bool(options.get("full_rank")) or "compress.options.full_rank=true" in configuration["settings"]
+    return configuration["preset"].replace("svd-balanced-kd", "svd-kd") + ", full rank" * full
+
+
 def seed_rows(results):
     """One row for each task, ratio and preset that several seeds were tried of: the part of the teacher's score."""
     found = {}
     for result in results:
         configuration, figures = result["configuration"], result["figures"]
         settings, before = " ".join(configuration["settings"]), configuration.get("before", "")
-        options = (figures.get("compress") or {}).get("options", {})
-        preset = configuration["preset"].replace("svd-balanced-kd", "svd-kd")
-        full = bool(options.get("full_rank")) or "compress.options.full_rank=true" in settings
-        plain = preset == "svd-kd" or (preset == "kronecker-svd-kd" and full)
-        if plain and "corpus.max_steps=800" in settings and "altered_copies" not in settings:
+        preset = column_of(result)
+        if preset in TAUGHT and "corpus.max_steps=800" in settings and "altered_copies" not in settings:
             task = configuration["task"] + (f" after {before}" if before else "")
             seeds = found.setdefault((TASKS.index(configuration["task"]), task, configuration["ratio"], preset), {})
             seeds[configuration["seed"]] = figures["kept"]
@@ -252,10 +256,7 @@ def taught_rows(results):
         altered = "task.altered_copies" in " ".join(configuration["settings"])
         key = (TASKS.index(configuration["task"]), before, configuration["ratio"], not longer, altered)
         row = found.setdefault(key, {"metric": primary, "teacher": figures["teacher"][primary]})
-        options = (figures.get("compress") or {}).get("options", {})
-        full = bool(options.get("full_rank")) or "compress.options.full_rank=true" in configuration["settings"]
-        preset = configuration["preset"].replace("svd-balanced-kd", "svd-kd")  # the rows of svd-kd are balanced, too
-        row[preset + ", full rank" * full] = f"{figures['metrics'][primary]:.3f} ({figures['kept']:.1%})"
+        row[column_of(result)] = f"{figures['metrics'][primary]:.3f} ({figures['kept']:.1%})"
     rows = []
     for (task, before, ratio, short, altered), row in sorted(found.items()):
         first = TASKS[task] + (f" after {before}" if before else "") + f", {ratio:g}" + ("" if short else ", longer")
