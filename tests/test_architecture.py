@@ -28,7 +28,7 @@ LAYERS = {
     "texts": {"errors"},
     "calibration": {"errors", "options", "core", "surgery", "texts"},
     "hub": {"errors", "version", "core", "surgery"},
-    "distill": {"errors", "options", "registration"},
+    "distill": {"errors", "options", "registration", "core"},
     "tasks": {"errors", "hub", "distill", "texts"},
     "api": {"errors", "core", "machines", "surgery", "hub", "calibration"},
     "recipes": {

@@ -20,6 +20,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -35,7 +36,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -320,6 +323,7 @@ void input_gradient(const Step& step, int64_t n, const float* g, const float* tu
 }
 
 #include "native_half_backward.hpp"
+#include "native_attention.hpp"
 
 // Gradients of input, bias and factors; those that are not needed are empty, and those of bias and factors in float32
 std::vector<at::Tensor> chain_backward(const at::Tensor& grad, const at::Tensor& x, at::TensorList factors,
@@ -422,6 +426,14 @@ TORCH_LIBRARY(compresskit, m) {
   m.def("trained(Tensor x, Tensor[] factors, int[] plan, Tensor? bias, int[] back, int[] order) -> Tensor");
   m.def("half_products() -> bool");
   m.def("computed() -> int[]");
+#if defined(COMPRESSKIT_HALF)
+  m.def("attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale) -> (Tensor, Tensor)");
+  m.def(
+      "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor logs, float scale)"
+      " -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "score_squares(Tensor query, Tensor key, Tensor other_query, Tensor other_key, Tensor pairs) -> (Tensor, Tensor, Tensor)");
+#endif
   m.def("chain_backward(Tensor grad, Tensor x, Tensor[] factors, int[] plan, int[] needs) -> Tensor[]");
 }
 TORCH_LIBRARY_IMPL(compresskit, CompositeExplicitAutograd, m) {
@@ -431,6 +443,11 @@ TORCH_LIBRARY_IMPL(compresskit, CompositeExplicitAutograd, m) {
 TORCH_LIBRARY_IMPL(compresskit, CPU, m) {
   m.impl("chain", &chain);
   m.impl("chain_backward", &chain_backward);
+#if defined(COMPRESSKIT_HALF)
+  m.impl("attention", &half::attention);
+  m.impl("attention_backward", &half::attention_backward);
+  m.impl("score_squares", &half::score_squares);
+#endif
 }
 TORCH_LIBRARY_IMPL(compresskit, Autograd, m) {
   m.impl("chain", torch::CppFunction::makeFallthrough());

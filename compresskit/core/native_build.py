@@ -26,7 +26,7 @@ from compresskit.errors import KernelError
 SOURCE = Path(__file__).with_name("native.cpp")
 INCLUDED = tuple(
     SOURCE.with_name(f"native_{part}.hpp")
-    for part in ("products", "tiles", "half", "half_backward", "training", "python")
+    for part in ("products", "tiles", "half", "half_backward", "attention", "training", "python")
 )
 COMPILERS = ("c++", "g++", "clang++")
 TIMEOUT_S = 300

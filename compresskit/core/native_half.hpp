@@ -44,7 +44,7 @@ struct Right {
   Packing packing() const { return back ? Packing{outs, ins} : Packing{ins, outs}; }
 
   void pack(int64_t begin, int64_t end, Half* to) const {
-    back ? pack_rows(packing(), factor, ins, outs, begin, end, to) : pack_columns(packing(), factor, begin, end, to);
+    back ? pack_rows(packing(), factor, ins, outs, begin, end, to) : pack_columns(packing(), factor, ins, begin, end, to);
   }
 
   // Packs a large one by all threads for all of them
@@ -84,7 +84,7 @@ void multiply_few(int64_t rows, const Step& step, const Half* a, const Half* fac
   const Packing right{ins, rows};
   thread_local Room<Half> packed;
   Half* to = packed.of(right.numbers());
-  pack_columns(right, a, 0, rows, to);
+  pack_columns(right, a, ins, 0, rows, to);
   at::parallel_for(0, (outs + TILE - 1) / TILE, 1 + FEW_GRAIN / (width * ins * TILE), [&](int64_t begin, int64_t end) {
     thread_local Room<float> room;
     const int64_t first = begin * TILE, after = std::min(outs, end * TILE);

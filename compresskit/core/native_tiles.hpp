@@ -217,19 +217,19 @@ inline void transpose(const float* x, int64_t x_step, float* y, int64_t y_step, 
   for (int v = 0; v < some; ++v) *(Lanes*)(y + v * y_step) = now[v];
 }
 
-// Some columns of a right side, from a multiple of 16 on, packed: the rows of x (width, depth)
-inline void pack_columns(const Packing& right, const Half* x, int64_t begin, int64_t end, Half* y) {
+// Some columns of a right side, from a multiple of 16 on, packed: the rows of x (width, depth), `step` apart
+inline void pack_columns(const Packing& right, const Half* x, int64_t step, int64_t begin, int64_t end, Half* y) {
   for (int64_t o = begin; o < end; o += TILE)
     for (int64_t k = 0; k < right.tiles(); ++k, y += PACKED) {
       const int64_t at = right.at(k), skip = k * DEPTH - at, some = std::min(DEPTH, right.depth - at);
-      const Half* from = x + o * right.depth + at;
-      if (o + TILE <= right.width && skip == 0 && some == DEPTH && right.depth % 2 == 0) {
-        transpose(reinterpret_cast<const float*>(from), right.depth / 2, reinterpret_cast<float*>(y), TILE);
+      const Half* from = x + o * step + at;
+      if (o + TILE <= right.width && skip == 0 && some == DEPTH && step % 2 == 0) {
+        transpose(reinterpret_cast<const float*>(from), step / 2, reinterpret_cast<float*>(y), TILE);
         continue;
       }
       alignas(64) Half part[PACKED] = {};
       for (int64_t j = 0; j < TILE && o + j < right.width; ++j)
-        std::copy(from + j * right.depth + skip, from + j * right.depth + some, part + j * DEPTH + skip);
+        std::copy(from + j * step + skip, from + j * step + some, part + j * DEPTH + skip);
       transpose(reinterpret_cast<const float*>(part), TILE, reinterpret_cast<float*>(y), TILE);
     }
 }

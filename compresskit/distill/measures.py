@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compresskit.distill.squares import DifferenceSquares, ScoreSquares
+from compresskit.core import native_attention
+from compresskit.distill.squares import DifferenceSquares, KnownGradients, ScoreSquares
 
 MASKED = -1e4
 """Score of a pair that is none: exp of it is exactly 0, and differences of it stay finite."""
@@ -30,7 +31,11 @@ def score_squares(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]
         student, teacher: query and key of each, (batch, time, heads, size); no gradient goes to the teacher.
         pairs: (batch, 1, time, time) bool.
     """
-    total: Tensor = ScoreSquares.apply(*student, *teacher, pairs)  # type: ignore[no-untyped-call]
+    total: Tensor
+    if found := native_attention.score_squares(*student, *teacher, pairs):
+        total = KnownGradients.apply(*student, *found)  # type: ignore[no-untyped-call]
+    else:
+        total = ScoreSquares.apply(*student, *teacher, pairs)  # type: ignore[no-untyped-call]
     return total / student[0].shape[2]
 
 

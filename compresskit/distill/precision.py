@@ -1,14 +1,17 @@
 """Training in mixed precision: what Trainer does to a model, and attention on a processor."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from transformers import Trainer
+
+from compresskit.core.native_attention import attention
 
 
 @contextmanager
@@ -28,19 +31,19 @@ def own_forward(model: nn.Module) -> Iterator[None]:
 
 
 def trained_attention(args: Any) -> AbstractContextManager[Any]:
-    """For the forward pass of a training step: `scaled_dot_product_attention` in float32 where that is faster.
+    """For the forward pass of a training step: `scaled_dot_product_attention` as it is fastest in bfloat16.
 
-    On a processor the backward pass of PyTorch 2.13 in bfloat16 takes four to eight times what it takes in float32 with
-    up to 64 tokens, which is half of a whole step, and as much at 512; without dropout, that is. All else, and passes
-    without a gradient, stay as they are. So do steps that compute their activations again (`gradient_checkpointing`) or
-    are compiled.
+    By the compiled kernel where there is one. Else in float32: on a processor the backward pass of PyTorch 2.13 in
+    bfloat16 takes four to eight times what it takes in float32 with up to 64 tokens, which is half of a whole step, and
+    as much at 512. All that without dropout; with it, and in passes without a gradient that have no kernel, attention
+    stays as it is. So do steps that compute their activations again (`gradient_checkpointing`) or are compiled.
 
     Args:
         args: `transformers.TrainingArguments` of the training.
     """
     if not args.bf16 or args.device.type != "cpu" or args.gradient_checkpointing or args.torch_compile:
         return nullcontext()
-    return _WideAttention()
+    return _Attention()
 
 
 class PreciseTrainer(Trainer):  # type: ignore[misc]
@@ -54,19 +57,56 @@ class PreciseTrainer(Trainer):  # type: ignore[misc]
 
 
 @final
-class _WideAttention(TorchFunctionMode):
+class _Attention(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is not scaled_dot_product_attention or not torch.is_grad_enabled():
+        if func is not scaled_dot_product_attention:
             return func(*args, **kwargs)
-        dropout = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)
-        if dropout > 0:  # PyTorch has another way there, which is not slow
+        asked = _ARGUMENTS.bind(*args, **kwargs).arguments
+        if asked.get("dropout_p", 0.0) > 0:  # PyTorch has another way there, which is not slow
             return func(*args, **kwargs)
-        query = args[0] if args else kwargs["query"]
+        if (made := _by_kernel(**asked)) is not None:
+            return made
+        if not torch.is_grad_enabled():
+            return func(*args, **kwargs)
         with torch.autocast("cpu", enabled=False):
-            wide = func(*map(_float32, args), **{name: _float32(value) for name, value in kwargs.items()})
-        return wide.to(query.dtype)
+            wide = func(**{name: _float32(value) for name, value in asked.items()})
+        return wide.to(asked["query"].dtype)
+
+
+def _asked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> None:
+    """What `scaled_dot_product_attention` takes, which has no signature of its own."""
+
+
+_ARGUMENTS = inspect.signature(_asked)
+
+
+def _by_kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    dropout_p: float = 0.0,
+) -> Tensor | None:
+    """The same by the compiled kernel, or None."""
+    if enable_gqa or (is_causal and attn_mask is not None):
+        return None
+    if is_causal:
+        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
+    return attention(query, key, value, attn_mask, scale)
 
 
 def _float32(value: Any) -> Any:
-    return value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 else value
+    return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
