@@ -1,8 +1,8 @@
 """Attention and the loss of its scores in training steps in bfloat16, by the compiled kernel where there is one.
 
 Scores of queries and keys are tensors of time x time, which PyTorch's operations pass over again and again; in bfloat16
-its attention is slow to differentiate on a processor besides. The kernel (`native_attention.hpp`) does one head after the
-other, forward and backward, with all of that in its caches.
+its attention is slow to differentiate on a processor besides. The kernel (`native_attention.hpp`) does one head after
+the other, forward and backward, with all of that in its caches.
 """
 
 import math
