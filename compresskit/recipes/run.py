@@ -129,7 +129,8 @@ def distill(
         raise
     ours, theirs = count_params(last), count_params(models.teacher)
     note(f"student: {ours:,} parameters, teacher: {theirs:,}, ratio {theirs / ours:.2f}")
-    if advice := kernel_advice(last, device):
+    half = next((advice for recipe in recipes.values() if (advice := recipe.settings.advice())), None)
+    for advice in filter(None, (kernel_advice(last, device), half)):
         note(advice)
     before, teachers = processes.once(lambda: _scores(folder, splits, last, models.teacher))
     trained = run_stages(first, made, resume=resume).eval()

@@ -74,6 +74,13 @@ class TrainSettings:
         found = None if self.device == "cpu" else torch.accelerator.current_accelerator(check_available=True)
         return found or torch.device("cpu")
 
+    def advice(self) -> str | None:
+        """What would train faster here: bfloat16, where the processor has units for it (AMX) and none was asked for."""
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)  # not in every version
+        if self.bf16 or self.torch_device().type != "cpu" or not capabilities().get("amx_bf16", False):
+            return None
+        return "this processor has units for bfloat16: with --bf16 (bf16 = true) steps may take half as long"
+
 
 def training_arguments(settings: TrainSettings, folder: str | Path, *, metric: str, **more: Any) -> Any:
     """`transformers.TrainingArguments` for a run that keeps its checkpoints in `folder`.

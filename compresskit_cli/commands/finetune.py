@@ -87,8 +87,9 @@ def _train(
     task = with_labels_of(task, data, "train")
     transformers.set_seed(settings.seed)  # of the new head
     loaded, tokenizer = model_for(task, folder, new_head=True), tokenizer_for(folder)
-    if is_first() and (advice := kernel_advice(loaded, settings.torch_device())):
-        progress_console.print(advice, soft_wrap=True)
+    for advice in filter(None, (kernel_advice(loaded, settings.torch_device()), settings.advice())):
+        if is_first():
+            progress_console.print(advice, soft_wrap=True)
     with training_bar() as on_progress:
         training = finetune_(loaded, tokenizer, task, data, run, settings, on_progress=on_progress, **how)
     return loaded.cpu(), folder, align_labels(task, loaded.config), training

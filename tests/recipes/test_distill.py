@@ -150,14 +150,16 @@ def test_altered_copies_are_learnt_from_the_teacher_alone(task, teacher, base, r
     assert copies.loss["loss_task"] < 0.5 * none.loss["loss_task"]  # three quarters have no label
 
 
-def test_without_a_corpus_stage_1_is_left_out_and_said(teacher, reviews, tmp_path):
+def test_without_a_corpus_stage_1_is_left_out_and_said(teacher, reviews, tmp_path, monkeypatch):
     notes = []
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
     result = recipes.distill(
         short("kroneckerbert:k8"), teacher, tmp_path / "run", task=SST2, data=reviews, on_note=notes.append
     )
     assert [stage.name for stage in result.stages] == ["task"]
     assert any("one-stage ablation" in note for note in notes)
     assert sum("compresskit kernels --build" in note for note in notes) == (native_build.compiler() is not None)
+    assert sum("--bf16" in note for note in notes) == 1
 
 
 def test_without_a_base_the_student_goes_on_in_stage_2(teacher, reviews, text, tmp_path):

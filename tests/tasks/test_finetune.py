@@ -198,6 +198,15 @@ def test_impossible_settings_are_refused(settings: dict[str, Any], match: str) -
         tasks.TrainSettings(**settings)
 
 
+def test_bfloat16_is_advised_where_the_processor_has_units_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for there in (True, False):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda there=there: {"amx_bf16": there}, raising=False)
+        assert ("--bf16" in (tasks.TrainSettings(device="cpu").advice() or "")) == there
+        assert tasks.TrainSettings(device="cpu", bf16=True).advice() is None
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # older versions
+    assert tasks.TrainSettings(device="cpu").advice() is None
+
+
 @pytest.mark.parametrize("device", ["cpu", "auto"])
 def test_training_in_bfloat16_keeps_float32_weights(
     device: str, encoder: pathlib.Path, reviews: pathlib.Path, tmp_path: pathlib.Path
