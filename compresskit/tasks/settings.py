@@ -76,8 +76,8 @@ class TrainSettings:
 
     def advice(self) -> str | None:
         """What would train faster here: bfloat16, where the processor has units for it (AMX) and none was asked for."""
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)  # not in every version
-        if self.bf16 or self.torch_device().type != "cpu" or not capabilities().get("amx_bf16", False):
+        ask = getattr(torch.cpu, "get_capabilities", None)  # not in every version
+        if self.bf16 or self.torch_device().type != "cpu" or not (ask and ask().get("amx_bf16")):
             return None
         return "this processor has units for bfloat16: with --bf16 (bf16 = true) steps may take half as long"
 
