@@ -1,8 +1,9 @@
 """A teacher's answers on disk, for data that is seen more than once.
 
 A folder holds one subfolder for each fingerprint (of the teacher's weights and configuration, of what is captured and
-of how it is stored), and in it safetensors files with many examples each. An example is found by a digest of its
-unpadded inputs, so shuffling, padding and batching do not matter. Several processes may share a folder.
+of how it is stored), and in it safetensors files with many examples each. An example is one row of numbers (see
+`Layout`) under a digest of its unpadded inputs, so shuffling, padding and batching do not matter. Several processes may
+share a folder.
 """
 
 import hashlib
@@ -13,20 +14,19 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compresskit.distill.features import Feature
-from compresskit.errors import CacheError, OptionError
+from compresskit.distill.layout import Layout
+from compresskit.errors import OptionError
 
 Stored = Literal["float16", "bfloat16", "float32"]
-Example = Mapping[Feature, Tensor]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SHARD_BYTES = 64 * 2**20
 """Examples are written together in files of about this size."""
 
@@ -82,45 +82,35 @@ class Store:
         self.folder = folder
         self.max_bytes = max_bytes
         self.dtype = dtype
-        self._pending: dict[str, dict[str, Tensor]] = {}
+        self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self._where: dict[str, Path] = {}
         self._files: dict[Path, int] = {}
         self._open: dict[Path, object] = {}
         self._full = False
+        self.layout: Layout | None = None
+        """Of all examples here, once there is one."""
 
-    def get(self, digest: str, features: Sequence[Feature]) -> dict[Feature, Tensor] | None:
-        """The features of an example as they were put, rounded; None if it is not here."""
+    def get(self, digest: str) -> Tensor | None:
+        """The numbers of an example as they were put; None if it is not here."""
         if digest in self._pending:
-            return {feature: self._pending[digest][str(feature)] for feature in features}
+            return self._pending[digest]
         path = self._where.get(digest)
         if path is None:
             return None
         if path not in self._open:
             self._open[path] = safe_open(path, framework="pt")
-        reader = self._open[path]
-        return {feature: reader.get_tensor(f"{digest}/{feature}") for feature in features}  # type: ignore[attr-defined]
+        found: Tensor = self._open[path].get_tensor(digest)  # type: ignore[attr-defined]
+        return found
 
-    def put(self, digest: str, example: Example) -> dict[Feature, Tensor]:
-        """Keep an example and return it as `get` will.
-
-        Raises:
-            CacheError: a number does not fit the stored type.
-        """
-        rounded = {feature: tensor.detach().to("cpu", self.dtype).contiguous() for feature, tensor in example.items()}
-        for feature, tensor in rounded.items():
-            if not tensor.isfinite().all():
-                raise CacheError(
-                    f"the teacher's {feature} holds {float(example[feature].abs().max()):g}, which {self.dtype} cannot "
-                    "hold; store bfloat16"
-                )
+    def put(self, digest: str, numbers: Tensor) -> None:
+        """Keep the numbers of an example, in our layout and type; they share no memory with others."""
         if self._full:
-            return rounded
-        self._pending[digest] = {str(feature): tensor for feature, tensor in rounded.items()}
-        self._pending_bytes += sum(tensor.nbytes for tensor in rounded.values())
+            return
+        self._pending[digest] = numbers
+        self._pending_bytes += numbers.nbytes
         if self._pending_bytes >= min(SHARD_BYTES, self.max_bytes):
             self.flush()
-        return rounded
 
     def flush(self) -> None:
         """Write what is only in memory; afterwards other processes find it, and so does a later run.
@@ -143,9 +133,10 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{uuid.uuid4().hex}.safetensors"
         partial = path.with_suffix(".partial")
-        tensors = {f"{digest}/{name}": t for digest, example in self._pending.items() for name, t in example.items()}
+        layout = [] if self.layout is None else self.layout.to_json()
+        said = {"digests": list(self._pending), "layout": layout}
         try:
-            save_file(tensors, partial, metadata={"digests": json.dumps(list(self._pending))})
+            save_file(self._pending, partial, metadata={name: json.dumps(value) for name, value in said.items()})
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
@@ -159,9 +150,10 @@ class Store:
         for path in sorted(self.folder.glob("*.safetensors")):
             if path not in self._files:
                 with safe_open(path, framework="pt") as reader:
-                    digests = json.loads((reader.metadata() or {}).get("digests", "[]"))
+                    said = {name: json.loads(value) for name, value in (reader.metadata() or {}).items()}
                 self._files[path] = path.stat().st_size
-                self._where.update(dict.fromkeys(digests, path))
+                self._where.update(dict.fromkeys(said.get("digests", ()), path))
+                self.layout = self.layout or Layout.from_json(said["layout"])
 
 
 def fingerprint(config: Mapping[str, object], state: Mapping[str, Tensor], question: Sequence[str]) -> str:
@@ -186,18 +178,26 @@ def digests(inputs: Mapping[str, Tensor], mask: Tensor) -> list[str]:
         inputs: (batch, ...) tensors by name; those of shape (batch, time, ...) are cut by the mask.
         mask: (batch, time) bool.
     """
-    found = []
-    for row, kept in enumerate(mask.cpu()):
+    found, kept = [], mask.cpu().numpy()
+    named = sorted((name, tensor) for name, tensor in inputs.items() if name != "attention_mask")
+    arrays = [
+        (f"{name} {tensor.dtype} {tuple(tensor.shape[2:])}".encode(), _array(tensor), tensor.shape[:2] == mask.shape)
+        for name, tensor in named
+    ]
+    for row in range(len(kept)):
         digest = hashlib.sha256()
-        for name, tensor in sorted(inputs.items()):
-            if name == "attention_mask":
-                continue
-            values = tensor[row].cpu()
-            values = values[kept] if tensor.shape[:2] == mask.shape else values
-            digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
-            digest.update(_bytes(values))
+        for said, array, per_token in arrays:
+            values = array[row][kept[row]] if per_token else array[row]
+            digest.update(said + b" %d " % len(values))
+            digest.update(values.tobytes())
         found.append(digest.hexdigest()[:32])
     return found
+
+
+def _array(tensor: Tensor) -> Any:
+    """(..., bytes of a number)"""
+    whole = tensor.detach().cpu().contiguous()
+    return whole.view(-1).view(torch.uint8).view(*whole.shape, whole.element_size()).numpy()
 
 
 def _bytes(tensor: Tensor) -> bytes:

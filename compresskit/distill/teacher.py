@@ -12,6 +12,7 @@ from compresskit.distill.anatomy import Anatomy
 from compresskit.distill.batch import Batch
 from compresskit.distill.cache import Store, TeacherCache, digests, fingerprint
 from compresskit.distill.features import OUTPUTS, Feature, Recorder
+from compresskit.distill.layout import Layout
 
 _IRRELEVANT = ("_name_or_path", "transformers_version", "use_cache")
 """Entries of a configuration that do not change the answers."""
@@ -85,43 +86,22 @@ class Teacher:
     def _through_cache(self, inputs: Mapping[str, Tensor], mask: Tensor, store: Store) -> dict[Feature, Tensor]:
         """Look every example up, run the model on those that are new, and put all of them together."""
         keys = digests(inputs, mask)
-        found = {key: store.get(key, self.features) for key in keys}
-        if not all(found.values()):
+        found = {key: store.get(key) for key in keys}
+        if any(row is None for row in found.values()):
             store.refresh()
-            found = {key: store.get(key, self.features) for key in keys}
-        new = [row for row, key in enumerate(keys) if found[key] is None]
+            found = {key: store.get(key) for key in keys}
+        new = [place for place, key in enumerate(keys) if found[key] is None]
         if new:
-            rows = torch.tensor(new, device=mask.device)
-            answers = self._run({name: value[rows] for name, value in inputs.items()})
-            for index, row in enumerate(new):
-                example = {f: _unpad(f, answer[index], mask[row]) for f, answer in answers.items()}
-                found[keys[row]] = store.put(keys[row], example)
-        examples = [found[key] or {} for key in keys]
-        return {feature: _pad(feature, [example[feature] for example in examples], mask) for feature in self.features}
+            places = torch.tensor(new, device=mask.device)
+            answers = self._run({name: value[places] for name, value in inputs.items()})
+            answers = {feature: answers[feature] for feature in self.features}
+            store.layout = store.layout or Layout.of(answers)
+            for place, row in zip(new, store.layout.rows(answers, mask[places], store.dtype), strict=True):
+                found[keys[place]] = row
+                store.put(keys[place], row)
+        assert store.layout is not None, "an answer was found or given"
+        return store.layout.answers(self.features, [kept for key in keys if (kept := found[key]) is not None], mask)
 
 
 def _autocasts(kind: str) -> bool:
     return torch.is_autocast_enabled(kind)
-
-
-def _per_token(feature: Feature, dims: int) -> bool:
-    """Whether the first axis of one example's tensor is time; logits over classes and over places look alike."""
-    if feature.role in ("start", "end"):
-        return True
-    return feature.role != "next-sentence" and dims > 1
-
-
-def _unpad(feature: Feature, tensor: Tensor, mask: Tensor) -> Tensor:
-    """One example's tensor without its padding."""
-    return tensor[mask] if _per_token(feature, tensor.dim()) else tensor
-
-
-def _pad(feature: Feature, tensors: Sequence[Tensor], mask: Tensor) -> Tensor:
-    """(batch, time, ...) with zeros as padding, or (batch, ...) without time; float32 on the mask's device."""
-    first = tensors[0]
-    if not _per_token(feature, first.dim()):
-        return torch.stack(list(tensors)).to(mask.device).float()
-    flat = torch.cat(list(tensors)).to(mask.device)  # (tokens of all examples, ...)
-    padded = torch.zeros(*mask.shape, *first.shape[1:], device=mask.device)
-    padded[mask] = flat.float()
-    return padded
