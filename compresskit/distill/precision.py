@@ -62,7 +62,10 @@ class _Attention(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not scaled_dot_product_attention:
             return func(*args, **kwargs)
-        asked = _ARGUMENTS.bind(*args, **kwargs).arguments
+        try:
+            asked = _ARGUMENTS.bind(*args, **kwargs).arguments
+        except TypeError:  # what another version of PyTorch may take besides, or nothing that it takes
+            return func(*args, **kwargs)
         if asked.get("dropout_p", 0.0) > 0:  # PyTorch has another way there, which is not slow
             return func(*args, **kwargs)
         if (made := _by_kernel(**asked)) is not None:

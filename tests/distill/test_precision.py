@@ -68,6 +68,11 @@ def test_with_dropout_it_is_left_alone():
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
+def test_what_it_does_not_know_is_left_to_pytorch():
+    with asked(), pytest.raises(TypeError, match="unheard_of"):
+        scaled_dot_product_attention(*(torch.randn(1, 1, 2, 4).bfloat16() for _ in range(3)), unheard_of=True)
+
+
 def test_without_a_gradient_and_in_other_precisions_it_is_left_alone():
     with asked():
         for dtype in (torch.float32, torch.float64):
