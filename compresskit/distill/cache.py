@@ -167,7 +167,7 @@ def fingerprint(config: Mapping[str, object], state: Mapping[str, Tensor], quest
     digest = hashlib.sha256(json.dumps([FORMAT_VERSION, config, list(question)], sort_keys=True, default=str).encode())
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(_bytes(tensor))
+        digest.update(_array(tensor).tobytes())
     return digest.hexdigest()[:32]
 
 
@@ -195,10 +195,6 @@ def digests(inputs: Mapping[str, Tensor], mask: Tensor) -> list[str]:
 
 
 def _array(tensor: Tensor) -> Any:
-    """(..., bytes of a number)"""
+    """Its bytes, (..., bytes of a number)."""
     whole = tensor.detach().cpu().contiguous()
     return whole.view(-1).view(torch.uint8).view(*whole.shape, whole.element_size()).numpy()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

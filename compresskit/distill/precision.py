@@ -77,38 +77,26 @@ class _Attention(TorchFunctionMode):
         return wide.to(asked["query"].dtype)
 
 
-def _asked(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> None:
-    """What `scaled_dot_product_attention` takes, which has no signature of its own."""
-
-
-_ARGUMENTS = inspect.signature(_asked)
-
-
 def _by_kernel(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-    dropout_p: float = 0.0,
 ) -> Tensor | None:
-    """The same by the compiled kernel, or None."""
-    if enable_gqa or (is_causal and attn_mask is not None):
+    """What `scaled_dot_product_attention` is asked for, by the compiled kernel, or None."""
+    if dropout_p > 0 or enable_gqa or (is_causal and attn_mask is not None):
         return None
     if is_causal:
         attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
     return attention(query, key, value, attn_mask, scale)
+
+
+_ARGUMENTS = inspect.signature(_by_kernel)
+"""Those of `scaled_dot_product_attention`, which has no signature of its own."""
 
 
 def _float32(value: Any) -> Any:
