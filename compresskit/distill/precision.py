@@ -6,12 +6,14 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any, final
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from transformers import Trainer
 
 from compresskit.core.native_attention import attention
+from compresskit.errors import OutputError
 
 
 @contextmanager
@@ -54,6 +56,12 @@ class PreciseTrainer(Trainer):  # type: ignore[misc]
         stack: ExitStack = super().compute_loss_context_manager()
         stack.enter_context(trained_attention(self.args))
         return stack
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"no checkpoint could be written below {self.args.output_dir}: {error}") from error
 
 
 @final

@@ -6,10 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
+from safetensors import SafetensorError
 from torch.nn.functional import scaled_dot_product_attention
 
 from compresskit.distill import Stage, run_stages
 from compresskit.distill.precision import trained_attention
+from compresskit.errors import OutputError
 from tests.distill.tiny import arguments, collate, compressed, examples, model, objective, trainer
 
 CPU = torch.device("cpu")
@@ -123,3 +126,16 @@ def test_the_student_s_backward_pass_is_in_float32_and_the_teacher_s_forward_pas
         training.train()
     assert {dtype for backward, dtype in kinds if backward} == {torch.float32}
     assert {dtype for backward, dtype in kinds if not backward} == {torch.float32, torch.bfloat16}
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_a_checkpoint_that_cannot_be_written_is_said(error, tmp_path, monkeypatch):
+    teacher = model("sequence")
+    training = trainer(teacher, compressed(teacher), objective("logits"), tmp_path, data=examples("sequence"))
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(transformers.Trainer, "_save", fail)
+    with pytest.raises(OutputError, match=r"no checkpoint could be written .*No space left"):
+        training._save_checkpoint(training.model, None)
